@@ -1,0 +1,64 @@
+"""`tpserve serve`: read the settings, wire the parts, run until a signal, clean up."""
+
+import logging
+import os
+import signal
+import sys
+from contextlib import ExitStack
+
+import zmq
+
+from coordinator.cluster import Cluster
+from coordinator.engine import Engine
+from coordinator.frontend import Frontend
+from coordinator.run_dir import RunDir
+from coordinator.served_model import open_model
+from shared.config import Settings, argument_parser, load_settings
+from shared.errors import ConfigError, ModelError, TpserveError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main() -> int:
+    """Entry of the coordinator process; the exit code."""
+    flags = argument_parser().parse_args()
+    try:
+        sourced = load_settings(flags, os.environ)
+        if "print_config" in flags:
+            print(sourced.describe())
+            return 0
+        settings = sourced.settings
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        serve(settings)
+    except TpserveError as error:
+        print(f"tpserve: error: {error.message}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError | ModelError) else EXIT_FAILED
+    return 0
+
+
+def serve(settings: Settings) -> None:
+    """Run a server until SIGINT or SIGTERM. Raises TpserveError."""
+    models = {name: open_model(name, path, settings) for name, path in settings.model.items()}
+    with ExitStack() as cleanup:
+        context = zmq.Context()
+        cleanup.callback(context.term)
+        frontend = Frontend(context, settings.listen)
+        cleanup.callback(frontend.close)
+        run_dir = RunDir(settings.run_dir)
+        cleanup.callback(run_dir.close)
+        on_workers = [model.on_workers for model in models.values()]
+        cluster = Cluster(settings, context, run_dir.path, on_workers)
+        cleanup.callback(cluster.close)
+        engine = Engine(settings, models, frontend, cluster)
+        cleanup.callback(engine.close, "the server is stopping")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: engine.stop())
+        engine.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

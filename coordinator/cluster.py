@@ -1,0 +1,241 @@
+"""The workers as one machine: bring them up, load models, send plans, take results, see faults.
+
+Bringing up is a conversation with all ranks; it is written as a generator that receives their
+messages one by one, so that it reads in order while the engine's loop goes on serving clients.
+"""
+
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import zmq
+
+from coordinator.kv_blocks import BLOCK_TOKENS
+from coordinator.supervisor import Supervisor
+from shared.config import Settings
+from shared.errors import TpserveError, WorkerLostError
+from shared.messages import (
+    Allocated,
+    AllocateKV,
+    CommReady,
+    CommSetup,
+    FromWorker,
+    Hello,
+    Loaded,
+    LoadModel,
+    SetUp,
+    ShutDown,
+    StepPlan,
+    StepResult,
+    ToWorker,
+    WorkerFailed,
+    decode_from_worker,
+    encode,
+)
+from shared.sharding import assign_shards
+from shared.shm import create_shm_region
+from shared.sockets import worker_facing
+
+log = logging.getLogger("coordinator.cluster")
+
+KV_SHARE = 0.5
+"""Part of the free memory that KV caches get when no size is asked for."""
+
+M = TypeVar("M", bound=FromWorker)
+Conversation = Generator[None, FromWorker, None]
+
+
+@dataclass
+class ModelOnWorkers:
+    """What the cluster is to load, and what it then has."""
+
+    name: str
+    path: Path
+    dtype: Literal["fp32", "bf16", "fp16"]
+    max_model_len: int
+    kv_blocks: int = 0
+    weight_bytes: list[int] = field(default_factory=list)
+    """By rank."""
+
+
+class Cluster:
+    """All workers of the current epoch."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        context: zmq.Context[zmq.SyncSocket],
+        run_dir: Path,
+        models: list[ModelOnWorkers],
+    ) -> None:
+        self._settings = settings
+        self._run_dir = run_dir
+        self._address = f"ipc://{run_dir}/workers"
+        self.models = models
+        self.owned = assign_shards(settings.workers, settings.virtual_shards)
+        self.socket = worker_facing(context, self._address)
+        self.supervisor = Supervisor(settings.log_level)
+        self.epoch = 0
+        self.ready = False
+        """All models are loaded; no token may have been computed yet."""
+        self._bringing_up: Conversation | None = None
+        self._shm_fd = create_shm_region(settings.workers) if settings.comm == "shm" else None
+
+    def start(self) -> None:
+        """Start a new epoch; `ready` becomes true when every rank has loaded every model."""
+        self.epoch += 1
+        self.ready = False
+        world = self._settings.workers
+        log.info("starting %d workers (epoch %d)", world, self.epoch)
+        self.supervisor.start(world, self.epoch, self._address, self._shm_fd)
+        self._bringing_up = self._bring_up()
+        next(self._bringing_up)
+
+    def send_plan(self, plan: StepPlan) -> None:
+        """Have a plan carried out after those that were sent before."""
+        self._to_all(plan)
+
+    def receive(self) -> StepResult | None:
+        """Take one message; a step's result if it is one of this epoch, else None.
+
+        Raises TpserveError when a worker reports a failure, zmq.Again when nothing is there.
+        """
+        _, frame = self.socket.recv_multipart(zmq.NOBLOCK)
+        try:
+            message = decode_from_worker(frame)
+        except msgspec.DecodeError as error:
+            raise WorkerLostError(
+                f"a worker sent a message that is not understood: {error}"
+            ) from None
+        if message.epoch != self.epoch:
+            return None  # from a worker that was given up
+        if isinstance(message, StepResult):
+            return message
+        if isinstance(message, WorkerFailed):
+            raise WorkerReportedError(message)
+        if self._bringing_up is not None:
+            try:
+                self._bringing_up.send(message)
+            except StopIteration:
+                self._bringing_up = None
+                self.ready = True
+        return None
+
+    def stop(self, grace_s: float) -> None:
+        """End all workers of this epoch."""
+        self.ready = False
+        self._bringing_up = None
+        if grace_s > 0:
+            self._to_all(ShutDown())
+        self.supervisor.stop(grace_s)
+
+    def close(self) -> None:
+        """Release the socket; `stop` comes first."""
+        self.socket.close(0)
+
+    def _bring_up(self) -> Conversation:
+        yield from self._hear_all(Hello)
+        for rank in range(len(self.owned)):
+            self._to(rank, self._set_up(rank))
+        yield from self._hear_all(CommReady)
+        for model in self.models:
+            log.info("loading %s from %s as %s", model.name, model.path, model.dtype)
+            self._to_all(
+                LoadModel(
+                    model=model.name,
+                    path=str(model.path),
+                    dtype=model.dtype,
+                    max_model_len=model.max_model_len,
+                )
+            )
+            loaded = yield from self._hear_all(Loaded)
+            model.weight_bytes = [answer.weight_bytes for answer in loaded]
+            model.kv_blocks = self._kv_blocks(model, loaded)
+            slots = self._settings.max_num_seqs
+            self._to_all(AllocateKV(model=model.name, blocks=model.kv_blocks, slots=slots))
+            yield from self._hear_all(Allocated)
+            log.info(
+                "%s: %.1f MB of weights on the largest worker, KV cache for %d tokens",
+                model.name,
+                max(model.weight_bytes) / 1e6,
+                model.kv_blocks * BLOCK_TOKENS,
+            )
+
+    def _hear_all(self, kind: type[M]) -> Generator[None, FromWorker, list[M]]:
+        """One message of `kind` from every rank, by rank."""
+        heard: dict[int, M] = {}
+        while len(heard) < len(self.owned):
+            message = yield
+            if isinstance(message, kind):
+                heard[message.rank] = message
+        return [heard[rank] for rank in range(len(self.owned))]
+
+    def _set_up(self, rank: int) -> SetUp:
+        settings, world = self._settings, len(self.owned)
+        ipc = f"ipc://{self._run_dir}/mesh-{self.epoch}"
+        addresses = {
+            "zmq": [f"{ipc}-{r}" for r in range(world)],
+            "gloo": [f"file://{self._run_dir}/gloo-{self.epoch}"],
+            "shm": [],
+        }
+        return SetUp(
+            epoch=self.epoch,
+            comm=CommSetup(
+                kind="local" if world == 1 else settings.comm,
+                rank=rank,
+                owned=[(shards.start, shards.stop) for shards in self.owned],
+                deadline_s=settings.step_timeout,
+                addresses=addresses[settings.comm],
+            ),
+            virtual_shards=settings.virtual_shards,
+            threads=settings.threads,
+            core=rank * settings.threads if settings.pin_cores else None,
+        )
+
+    def _kv_blocks(self, model: ModelOnWorkers, loaded: list[Loaded]) -> int:
+        """How many blocks fit on every rank, but no more than could ever be used at once."""
+        settings, world = self._settings, len(self.owned)
+        most_useful = settings.max_num_seqs * -(-model.max_model_len // BLOCK_TOKENS)
+        fitting = []
+        for answer in loaded:
+            # All workers share this machine's memory.
+            budget = settings.kv_memory_bytes or int(answer.free_bytes * KV_SHARE / world)
+            fitting.append(budget // len(self.models) // max(1, answer.kv_block_bytes))
+        blocks = min(most_useful, *fitting)
+        if blocks * BLOCK_TOKENS < model.max_model_len:
+            largest = max(answer.kv_block_bytes for answer in loaded)
+            need = -(-model.max_model_len // BLOCK_TOKENS) * largest * len(self.models)
+            raise TpserveError(
+                f"{model.name}: the KV cache has room for {blocks * BLOCK_TOKENS} tokens, less than "
+                f"one sequence of {model.max_model_len}: lower --max-model-len, or give at least "
+                f"--kv-memory {-(-need // (1 << 20))}M"
+            )
+        return blocks
+
+    def _to(self, rank: int, message: ToWorker) -> None:
+        try:
+            self.socket.send_multipart((b"%d" % rank, encode(message)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise WorkerLostError(f"worker {rank} cannot be reached: {error.strerror}") from None
+
+    def _to_all(self, message: ToWorker) -> None:
+        frame = encode(message)
+        for rank in range(len(self.owned)):
+            try:
+                self.socket.send_multipart((b"%d" % rank, frame), zmq.NOBLOCK)
+            except zmq.ZMQError:
+                # Its end is noticed through its pidfd, with a better explanation.
+                log.debug("worker %d cannot be reached", rank)
+
+
+class WorkerReportedError(TpserveError):
+    """A worker's own account of what went wrong."""
+
+    def __init__(self, failure: WorkerFailed) -> None:
+        super().__init__(f"worker {failure.rank}: {failure.message}")
+        self.code = failure.code
+        self.fatal = failure.fatal
+        self.rank = failure.rank

@@ -1,0 +1,64 @@
+"""The clients' side of the coordinator: one ROUTER socket, requests in, events out."""
+
+import logging
+from collections.abc import Iterator
+
+import zmq
+
+from shared.errors import TpserveError
+from shared.messages import (
+    BadRequestError,
+    Event,
+    Failed,
+    Request,
+    decode_request,
+    encode,
+)
+from shared.sockets import client_facing
+
+log = logging.getLogger("coordinator.frontend")
+
+_MESSAGES_AT_ONCE = 256
+"""Requests taken from the socket before the engine gets on with its steps."""
+
+
+class Frontend:
+    """Receives requests, sends events, and notices clients that are gone."""
+
+    def __init__(self, context: zmq.Context[zmq.SyncSocket], address: str) -> None:
+        """Bind. Raises ConfigError when the address is taken."""
+        self.socket = client_facing(context, address)
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def requests(self) -> Iterator[tuple[bytes, Request]]:
+        """Requests that have arrived, with the client's routing id; bad ones are answered here."""
+        for _ in range(_MESSAGES_AT_ONCE):
+            try:
+                client, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                if len(frames) != 1:
+                    raise BadRequestError("", f"a request is one frame, this one has {len(frames)}")
+                yield client, decode_request(frames[0])
+            except BadRequestError as error:
+                self.refuse(client, error.request_id, error)
+
+    def send(self, client: bytes, event: Event) -> bool:
+        """Send an event; False when the client is gone or has stopped reading."""
+        try:
+            self.socket.send_multipart((client, encode(event)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    def refuse(self, client: bytes, request_id: str, error: TpserveError) -> None:
+        """Answer a request with an error."""
+        log.info("refused request %r: %s", request_id, error.message)
+        self.send(client, Failed(id=request_id, code=error.code, message=error.message))
+
+    def close(self) -> None:
+        """Unbind; what was sent still has a moment to leave."""
+        self.socket.close(linger=500)

@@ -1,0 +1,73 @@
+"""A model as the coordinator knows it: configuration, text side, and its scheduler."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.cluster import ModelOnWorkers
+from coordinator.jobs import JobQueue
+from coordinator.scheduler import Scheduler
+from coordinator.text import TextModel
+from shared.config import Settings
+from shared.errors import ModelError
+from shared.messages import ModelInfo
+from shared.model_config import (
+    GenerationDefaults,
+    ModelConfig,
+    read_generation_defaults,
+    read_model_config,
+)
+
+
+@dataclass
+class ServedModel:
+    """One entry of `--model NAME=PATH`."""
+
+    name: str
+    config: ModelConfig
+    defaults: GenerationDefaults
+    text: TextModel
+    on_workers: ModelOnWorkers
+    queue: JobQueue
+    scheduler: Scheduler | None = None
+    """None until the workers have loaded the model."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt + answer, in tokens."""
+        return self.on_workers.max_model_len
+
+    def info(self) -> ModelInfo:
+        """What clients are told."""
+        return ModelInfo(
+            name=self.name,
+            path=str(self.on_workers.path),
+            model_type=self.config.model_type,
+            dtype=self.on_workers.dtype,
+            parameters=self.config.parameters,
+            max_model_len=self.max_model_len,
+            vocab_size=self.config.vocab_size,
+            kv_capacity_tokens=self.scheduler.capacity_tokens if self.scheduler else 0,
+            has_chat_template=self.text.has_chat_template,
+        )
+
+
+def open_model(name: str, path: str, settings: Settings) -> ServedModel:
+    """Read everything but the weights. Raises ModelError naming the file and what is wrong."""
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ModelError(f"model {name}: {path} is not a folder")
+    config = read_model_config(folder)
+    limit = settings.max_model_len or config.max_positions
+    return ServedModel(
+        name=name,
+        config=config,
+        defaults=read_generation_defaults(folder),
+        text=TextModel(folder, config),
+        on_workers=ModelOnWorkers(
+            name=name,
+            path=folder,
+            dtype=config.dtype if settings.dtype == "auto" else settings.dtype,
+            max_model_len=min(limit, config.max_positions),
+        ),
+        queue=JobQueue(),
+    )

@@ -1,0 +1,185 @@
+"""Text in, token ids out, and back: one model's tokenizer, chat template and detokeniser.
+
+Chat templates come with the model and are not trusted: they run in jinja2's immutable sandbox.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec import Struct
+from tokenizers import Tokenizer
+
+from shared.errors import InvalidRequestError, ModelError
+from shared.messages import Message
+from shared.model_config import ModelConfig
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""For models without a chat template."""
+
+_REPLACEMENT = "\ufffd"
+_CONTEXT_TOKENS = 8
+
+
+class _NamedTemplate(Struct):
+    name: str
+    template: str
+
+
+class _AddedToken(Struct):
+    content: str
+
+
+class _TokenizerConfig(Struct):
+    """The fields of tokenizer_config.json that are used; the rest is ignored."""
+
+    chat_template: str | list[_NamedTemplate] | None = None
+    bos_token: str | _AddedToken | None = None
+    eos_token: str | _AddedToken | None = None
+
+
+class TextModel:
+    """Tokenizer and chat template of one model."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        """Read them from `folder`. Raises ModelError naming the file."""
+        self._config = config
+        self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        if self._tokenizer.get_vocab_size() > config.vocab_size:
+            raise ModelError(
+                f"{folder / 'tokenizer.json'} has {self._tokenizer.get_vocab_size()} tokens, "
+                f"config.json says vocab_size {config.vocab_size}"
+            )
+        raw = _read_tokenizer_config(folder / "tokenizer_config.json")
+        source = _template_source(folder, raw)
+        self.has_chat_template = source is not None
+        self._template = _compile(source or CHATML, folder)
+        self._special = {"bos_token": _content(raw.bos_token), "eos_token": _content(raw.eos_token)}
+
+    def encode_story(self, prompt: str) -> list[int]:
+        """Token ids of a text to continue, with the model's own begin token if it wants one."""
+        ids = self._tokenizer.encode(prompt).ids
+        if not ids and self._config.bos_id is not None:
+            return [self._config.bos_id]
+        if not ids:
+            raise InvalidRequestError("prompt is empty, and this model has no begin-of-text token")
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Raises InvalidRequestError with the template's own words when it refuses the messages.
+        """
+        plain = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text = self._template.render(
+                messages=plain, add_generation_prompt=True, **self._special
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise InvalidRequestError(
+                f"the chat template refuses these messages: {error}"
+            ) from None
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> "Detokenizer":
+        """For the tokens that follow `prompt_ids`."""
+        return Detokenizer(self._tokenizer, prompt_ids)
+
+
+class Detokenizer:
+    """Turns tokens into text one by one, never giving out half a character.
+
+    A token's text depends on its neighbours (a leading space, bytes of one character), so it is
+    decoded together with some tokens before it, and what those alone give is cut off.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._context = 0  # decoding starts here ...
+        self._given = len(self._ids)  # ... and the text up to here has been given out
+        self._before = tokenizer.decode(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self._ids.append(token)
+        text: str = self._tokenizer.decode(self._ids[self._context :])
+        if text.endswith(_REPLACEMENT) or len(text) <= len(self._before):
+            return ""
+        new = text[len(self._before) :]
+        self._context, self._given = self._given, len(self._ids)
+        self._before = self._tokenizer.decode(self._ids[self._context :])
+        return new
+
+    def flush(self) -> str:
+        """What is left at the end, with a replacement character for an incomplete one."""
+        text: str = self._tokenizer.decode(self._ids[self._context :])
+        return text[len(self._before) :]
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        description: dict[str, Any] = msgspec.json.decode(path.read_bytes())
+        for token in description.get("added_tokens") or []:
+            # A special token stands for itself. Some files ask for it to be normalised first, which
+            # would give it a leading space and make it ordinary text when it is decoded.
+            if token.get("special"):
+                token["normalized"] = False
+        return Tokenizer.from_str(msgspec.json.encode(description).decode())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions
+        raise ModelError(f"{path} is not a usable tokenizer: {error}") from None
+
+
+def _read_tokenizer_config(path: Path) -> _TokenizerConfig:
+    if not path.exists():
+        return _TokenizerConfig()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def _template_source(folder: Path, raw: _TokenizerConfig) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: {error}") from None
+    if isinstance(raw.chat_template, list):
+        named = {t.name: t.template for t in raw.chat_template}
+        return named.get("default") or next(iter(named.values()), None)
+    return raw.chat_template
+
+
+def _compile(source: str, folder: Path) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"{folder}: the chat template is broken: {error}") from None
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _content(token: str | _AddedToken | None) -> str:
+    if token is None:
+        return ""
+    return token if isinstance(token, str) else token.content

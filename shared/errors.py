@@ -1,0 +1,89 @@
+"""The one exception tree of tpserve.
+
+Every error has a `code` for programs, an HTTP status for the gateway and a message for people that
+names what was wrong, the value seen, the limit and what to do about it.
+"""
+
+
+class TpserveError(Exception):
+    """Base of every error that a user or a client may see."""
+
+    code = "internal_error"
+    http_status = 500
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(TpserveError):
+    """A setting is unknown, malformed or out of range, or settings contradict each other."""
+
+    code = "invalid_config"
+    http_status = 400
+
+
+class ModelError(TpserveError):
+    """A model folder is missing, broken, or of a kind that is not supported."""
+
+    code = "invalid_model"
+    http_status = 400
+
+
+class InvalidRequestError(TpserveError):
+    """A request that cannot be understood, or has an unknown field or a value out of range."""
+
+    code = "invalid_value"
+    http_status = 400
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and requested tokens do not fit into the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(TpserveError):
+    """A request names a model that is not loaded."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class QueueFullError(TpserveError):
+    """The bounded job queue has no room."""
+
+    code = "queue_full"
+    http_status = 429
+
+
+class NotReadyError(TpserveError):
+    """The server is starting, stopping, or replacing a worker."""
+
+    code = "not_ready"
+    http_status = 503
+
+
+class WorkerLostError(TpserveError):
+    """A worker process ended while it was needed."""
+
+    code = "worker_lost"
+    http_status = 503
+
+
+class CommError(TpserveError):
+    """A collective failed; `rank` is the peer that did not answer or went away."""
+
+    code = "peer_lost"
+    http_status = 503
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.rank = rank
+
+
+class ConnectionLostError(TpserveError):
+    """A client cannot reach the server, or the server stopped answering."""
+
+    code = "connection_lost"
+    http_status = 503

@@ -1,0 +1,456 @@
+"""Every message that crosses a process, as frozen structs, and their msgpack form.
+
+Two families: what clients and the coordinator say to each other (described for other languages in
+docs/protocol.md; versioned, strictly validated), and what the coordinator and its workers say.
+Unknown fields are refused, never ignored; nothing is pickled.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shared.errors import InvalidRequestError, TpserveError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+"""Limit of one frame from or to a client."""
+
+Kind = Literal["story", "chat"]
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+# --- client -> coordinator ------------------------------------------------------------------------
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class SamplingParams(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How tokens are chosen. None means: the model's own default."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    """New tokens at most; None: as many as the context holds."""
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """0 is greedy: the most probable token, the lowest id among equals."""
+    top_k: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
+    """Sample among the k most probable tokens only; 0: among all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Sample among the fewest most probable tokens whose probabilities add up to top_p."""
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    """Same request and seed, same tokens. None: a random one."""
+
+
+class _Request(
+    Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag_field="op",
+):
+    id: RequestId
+    """Chosen by the client; every event of the answer carries it."""
+    v: int = PROTOCOL_VERSION
+
+
+class Generate(_Request, frozen=True, kw_only=True, tag="generate"):
+    """Continue `prompt` (a story) or answer `messages` (a chat): exactly one of the two."""
+
+    kind: Kind
+    model: ModelName | None = None
+    """None: the model named like the kind, or the only one."""
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
+    params: SamplingParams = SamplingParams()
+    stream: bool = True
+
+    def __post_init__(self) -> None:
+        wanted, other = ("prompt", "messages") if self.kind == "story" else ("messages", "prompt")
+        if getattr(self, wanted) is None:
+            raise ValueError(f"kind {self.kind!r} needs {wanted!r}")
+        if getattr(self, other) is not None:
+            raise ValueError(f"kind {self.kind!r} takes {wanted!r}, not {other!r}")
+
+
+class Cancel(_Request, frozen=True, kw_only=True, tag="cancel"):
+    """End the job that this client started with the request id `job`."""
+
+    job: RequestId
+
+
+class ListModels(_Request, frozen=True, kw_only=True, tag="models"):
+    """What is loaded."""
+
+
+class GetStatus(_Request, frozen=True, kw_only=True, tag="status"):
+    """Workers, queue, memory, rates."""
+
+
+class GetHealth(_Request, frozen=True, kw_only=True, tag="health"):
+    """Is a token coming through all workers."""
+
+
+Request = Generate | Cancel | ListModels | GetStatus | GetHealth
+
+
+# --- coordinator -> client ------------------------------------------------------------------------
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Token counts of one job."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was found in the cache."""
+
+
+class Timings(Struct, frozen=True, kw_only=True):
+    """Seconds spent, by phase, and rates in tokens per second."""
+
+    queue_s: float
+    prefill_s: float
+    """From the start of the first step to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+class _Event(Struct, frozen=True, kw_only=True, tag_field="event"):
+    id: str
+    v: int = PROTOCOL_VERSION
+
+
+class Queued(_Event, frozen=True, kw_only=True, tag="queued"):
+    """The job was accepted; `position` jobs of its kind stand before it."""
+
+    position: int
+
+
+class Started(_Event, frozen=True, kw_only=True, tag="started"):
+    """Prefill begins."""
+
+    model: str
+    prompt_tokens: int
+
+
+class Token(_Event, frozen=True, kw_only=True, tag="token"):
+    """New text; `text` may be empty while a character is incomplete."""
+
+    text: str
+    token_ids: list[int]
+
+
+class Done(_Event, frozen=True, kw_only=True, tag="done"):
+    """The whole answer. `text` is what was generated, without the prompt."""
+
+    text: str
+    token_ids: list[int]
+    """All new tokens, an end-of-text token included."""
+    finish_reason: FinishReason
+    model: str
+    usage: Usage
+    timings: Timings
+
+
+class Failed(_Event, frozen=True, kw_only=True, tag="failed"):
+    """The request was refused or its job ended by an error."""
+
+    code: str
+    message: str
+
+
+class Cancelled(_Event, frozen=True, kw_only=True, tag="cancelled"):
+    """The job was ended by `cancel`. Also the answer to the cancel request itself."""
+
+    text: str = ""
+    token_ids: list[int] = []
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """A loaded model."""
+
+    name: str
+    path: str
+    model_type: str
+    dtype: str
+    parameters: int
+    max_model_len: int
+    vocab_size: int
+    kv_capacity_tokens: int
+    has_chat_template: bool
+
+
+class Models(_Event, frozen=True, kw_only=True, tag="models"):
+    """Answer to `models`."""
+
+    models: list[ModelInfo]
+
+
+class WorkerStatus(Struct, frozen=True, kw_only=True):
+    """One worker process. `memory_bytes` is resident memory not shared with others."""
+
+    rank: int
+    pid: int
+    virtual_shards: list[int]
+    memory_bytes: int
+
+
+class Status(_Event, frozen=True, kw_only=True, tag="status"):
+    """Answer to `status`."""
+
+    version: str
+    ready: bool
+    uptime_s: float
+    pid: int
+    epoch: int
+    """How often the workers were started."""
+    comm: str
+    workers: list[WorkerStatus]
+    models: list[ModelInfo]
+    queued: dict[str, int]
+    running: int
+    steps: int
+    tokens_generated: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+
+
+class Health(_Event, frozen=True, kw_only=True, tag="health"):
+    """Answer to `health`: `ready` means a token came through all workers since they started."""
+
+    ready: bool
+    reason: str = ""
+
+
+Event = Queued | Started | Token | Done | Failed | Cancelled | Models | Status | Health
+TERMINAL_EVENTS = (Done, Failed, Cancelled)
+
+
+# --- coordinator -> worker ------------------------------------------------------------------------
+
+
+class CommSetup(Struct, frozen=True, kw_only=True):
+    """How the workers of one epoch reach each other."""
+
+    kind: Literal["local", "shm", "zmq", "gloo"]
+    rank: int
+    owned: list[tuple[int, int]]
+    """Virtual shards [start, stop) of every rank; its length is the world size."""
+    deadline_s: float
+    """A peer that stays silent for so long in a collective is an error."""
+    addresses: list[str] = []
+    """zmq: the address each rank binds. gloo: one, file:///PATH of its rendezvous file."""
+
+
+class _ToWorker(Struct, frozen=True, kw_only=True, tag_field="t"): ...
+
+
+class SetUp(_ToWorker, frozen=True, kw_only=True, tag="setup"):
+    """First message to a worker that said hello."""
+
+    epoch: int
+    comm: CommSetup
+    virtual_shards: int
+    threads: int
+    core: int | None = None
+    """Pin the process to this core and the threads-1 after it."""
+
+
+class LoadModel(_ToWorker, frozen=True, kw_only=True, tag="load"):
+    """Read this rank's slices of a checkpoint. Answered by Loaded or WorkerFailed."""
+
+    model: str
+    path: str
+    dtype: Literal["fp32", "bf16", "fp16"]
+    max_model_len: int
+
+
+class AllocateKV(_ToWorker, frozen=True, kw_only=True, tag="kv"):
+    """Make room for `blocks` KV blocks. Answered by Allocated."""
+
+    model: str
+    blocks: int
+    slots: int
+    """Sequences that may run at once: the size of the table of last tokens."""
+
+
+class Sampling(Struct, frozen=True, array_like=True):
+    """Resolved sampling parameters of one sequence."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+class SequenceStep(Struct, frozen=True, array_like=True):
+    """What one sequence does in a step: process tokens at positions start, start+1, ..."""
+
+    slot: int
+    start: int
+    tokens: list[int]
+    """Token ids; empty: one token, the last one sampled for this slot."""
+    blocks: bytes
+    """Block table, int32 little-endian: block i holds positions 16 i to 16 i + 15."""
+    sampling: Sampling | None
+    """None: only fill the KV cache (a prefill chunk that is not the last)."""
+
+
+class StepPlan(_ToWorker, frozen=True, kw_only=True, tag="step"):
+    """One forward pass of one model. Complete: workers add only weights, KV and last tokens."""
+
+    epoch: int
+    step: int
+    model: str
+    sequences: list[SequenceStep]
+
+
+class ShutDown(_ToWorker, frozen=True, kw_only=True, tag="shutdown"):
+    """Leave, with exit code 0."""
+
+
+ToWorker = SetUp | LoadModel | AllocateKV | StepPlan | ShutDown
+
+
+# --- worker -> coordinator ------------------------------------------------------------------------
+
+
+class _FromWorker(Struct, frozen=True, kw_only=True, tag_field="t"):
+    rank: int
+    epoch: int
+
+
+class Hello(_FromWorker, frozen=True, kw_only=True, tag="hello"):
+    """The process is up. `epoch` is the one it was started for."""
+
+    pid: int
+
+
+class CommReady(_FromWorker, frozen=True, kw_only=True, tag="comm_ready"):
+    """A barrier with all peers was passed."""
+
+
+class Loaded(_FromWorker, frozen=True, kw_only=True, tag="loaded"):
+    """Weights are in memory."""
+
+    model: str
+    weight_bytes: int
+    kv_block_bytes: int
+    free_bytes: int
+
+
+class Allocated(_FromWorker, frozen=True, kw_only=True, tag="allocated"):
+    """KV memory is there."""
+
+    model: str
+
+
+class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
+    """The sampled token of each sequence that wanted one, in the plan's order. From rank 0 only."""
+
+    step: int
+    tokens: list[int]
+    """-1: this sequence's logits were not finite numbers."""
+    compute_us: int
+    comm_us: int
+
+
+class WorkerFailed(_FromWorker, frozen=True, kw_only=True, tag="failed"):
+    """Something went wrong; `fatal` means the worker cannot go on."""
+
+    code: str
+    message: str
+    fatal: bool
+
+
+FromWorker = Hello | CommReady | Loaded | Allocated | StepResult | WorkerFailed
+
+
+# --- wire form ------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+_to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+class _Envelope(Struct):
+    id: Any = None
+    v: Any = None
+
+
+_envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
+
+
+class BadRequestError(InvalidRequestError):
+    """A frame that is not a valid request; `request_id` is its id as far as it could be read."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+def encode(message: Struct) -> bytes:
+    """Any message of this module as a msgpack map."""
+    return _encoder.encode(message)
+
+
+def decode_request(frame: bytes) -> Request:
+    """A client's frame. Raises BadRequestError naming the field and the limit."""
+    try:
+        request = _request_decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        request_id, version = _envelope(frame)
+        if version is not None and version != PROTOCOL_VERSION:
+            raise BadRequestError(request_id, _version_message(version)) from None
+        raise BadRequestError(request_id, f"bad request: {error}") from None
+    if request.v != PROTOCOL_VERSION:
+        raise BadRequestError(request.id, _version_message(request.v))
+    return request
+
+
+def decode_event(frame: bytes) -> Event:
+    """A coordinator's frame, as a client reads it. Raises TpserveError when it is not understood."""
+    try:
+        return _event_decoder.decode(frame)
+    except msgspec.DecodeError as error:
+        raise TpserveError(f"the server sent an event that is not understood: {error}") from None
+
+
+def decode_to_worker(frame: bytes) -> ToWorker:
+    """A message to a worker. Raises msgspec.DecodeError."""
+    return _to_worker_decoder.decode(frame)
+
+
+def decode_from_worker(frame: bytes) -> FromWorker:
+    """A message from a worker. Raises msgspec.DecodeError."""
+    return _from_worker_decoder.decode(frame)
+
+
+def _envelope(frame: bytes) -> tuple[str, Any]:
+    """The id and version of a frame that is not a valid request, as far as they can be read."""
+    try:
+        envelope = _envelope_decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return "", None
+    request_id = envelope.id if isinstance(envelope.id, str) else ""
+    return request_id[:64], envelope.v
+
+
+def _version_message(version: object) -> str:
+    return f"protocol version {version!r} is not supported; this server speaks {PROTOCOL_VERSION}"

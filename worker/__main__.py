@@ -1,0 +1,178 @@
+"""A worker process: connect to the coordinator, load shards, run plans, report.
+
+Started by the coordinator as `python -m worker`. Needs no configuration of its own: everything but
+its rank and where to connect comes over the socket.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+
+import psutil
+import torch
+import zmq
+
+from shared.errors import CommError, TpserveError
+from shared.messages import (
+    Allocated,
+    AllocateKV,
+    CommReady,
+    FromWorker,
+    Hello,
+    Loaded,
+    LoadModel,
+    SetUp,
+    ShutDown,
+    StepPlan,
+    StepResult,
+    ToWorker,
+    WorkerFailed,
+    decode_to_worker,
+    encode,
+)
+from shared.sockets import dealer
+from worker.comm.open import open_communicator
+from worker.runner import Runner, TimedCommunicator
+
+log = logging.getLogger("worker")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """One rank of one epoch."""
+
+    def __init__(self, rank: int, epoch: int, shm_fd: int | None, socket: zmq.SyncSocket) -> None:
+        self._rank, self._epoch, self._shm_fd = rank, epoch, shm_fd
+        self._socket = socket
+        self._comm: TimedCommunicator | None = None
+        self._runner: Runner | None = None
+
+    def run(self) -> None:
+        """Serve the coordinator until it says shut down."""
+        self._send(Hello(rank=self._rank, epoch=self._epoch, pid=os.getpid()))
+        while True:
+            order = decode_to_worker(self._socket.recv())
+            if isinstance(order, ShutDown):
+                return
+            try:
+                self._send(self._obey(order))
+            except TpserveError as error:
+                fatal = isinstance(error, CommError)
+                log.error("rank %d: %s", self._rank, error)
+                self._fail(error.code, error.message, fatal)
+                if fatal:
+                    return
+
+    def close(self) -> None:
+        """Leave the collectives."""
+        if self._comm is not None:
+            self._comm.close()
+
+    def _obey(self, order: ToWorker) -> FromWorker | None:
+        match order:
+            case StepPlan():
+                return self._step(order)
+            case LoadModel():
+                weights, block = self._ready_runner.load(order)
+                return Loaded(
+                    rank=self._rank,
+                    epoch=self._epoch,
+                    model=order.model,
+                    weight_bytes=weights,
+                    kv_block_bytes=block,
+                    free_bytes=psutil.virtual_memory().available,
+                )
+            case AllocateKV():
+                self._ready_runner.allocate(order)
+                return Allocated(rank=self._rank, epoch=self._epoch, model=order.model)
+            case SetUp():
+                self._set_up(order)
+                return CommReady(rank=self._rank, epoch=self._epoch)
+            case ShutDown():
+                return None
+
+    def _step(self, plan: StepPlan) -> StepResult | None:
+        assert self._comm is not None, "set-up comes before steps"
+        began, self._comm.seconds = time.perf_counter(), 0.0
+        tokens = self._ready_runner.step(plan)
+        if self._rank != 0:
+            return None  # every rank has the same tokens; one report is enough
+        elapsed, in_comm = time.perf_counter() - began, self._comm.seconds
+        return StepResult(
+            rank=self._rank,
+            epoch=plan.epoch,
+            step=plan.step,
+            tokens=tokens,
+            compute_us=round((elapsed - in_comm) * 1e6),
+            comm_us=round(in_comm * 1e6),
+        )
+
+    def _set_up(self, order: SetUp) -> None:
+        torch.set_num_threads(order.threads)
+        if order.core is not None:
+            cores = sorted(os.sched_getaffinity(0))
+            mine = {cores[(order.core + i) % len(cores)] for i in range(order.threads)}
+            os.sched_setaffinity(0, mine)
+        self._comm = TimedCommunicator(open_communicator(order.comm, self._shm_fd))
+        owned = [range(start, stop) for start, stop in order.comm.owned]
+        self._runner = Runner(self._comm, owned, order.virtual_shards)
+        self._comm.barrier()
+
+    @property
+    def _ready_runner(self) -> Runner:
+        assert self._runner is not None, "set-up comes first"
+        return self._runner
+
+    def _send(self, message: FromWorker | None) -> None:
+        if message is not None:
+            self._socket.send(encode(message))
+
+    def _fail(self, code: str, message: str, fatal: bool) -> None:
+        self._send(
+            WorkerFailed(
+                rank=self._rank, epoch=self._epoch, code=code, message=message, fatal=fatal
+            )
+        )
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when the coordinator goes, however it goes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the request was made
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry of the worker process."""
+    parser = argparse.ArgumentParser(prog="python -m worker")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--epoch", type=int, required=True)
+    parser.add_argument("--connect", required=True, help="the coordinator's address for workers")
+    parser.add_argument("--shm-fd", type=int, help="inherited descriptor of the shared memory")
+    parser.add_argument("--parent", type=int, required=True, help="the coordinator's process id")
+    parser.add_argument("--log-level", default="info")
+    args = parser.parse_args()
+    _die_with(args.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to handle
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s worker {args.rank}: %(message)s",
+    )
+    context = zmq.Context()
+    socket = dealer(context, args.connect, identity=b"%d" % args.rank)
+    worker = Worker(args.rank, args.epoch, args.shm_fd, socket)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+        # What was sent last (a failure's reason) must still go out.
+        context.destroy(linger=1000)
+
+
+if __name__ == "__main__":
+    main()
