@@ -56,6 +56,7 @@ class Scheduler:
             budget -= count
         # Who was preempted, perhaps after it had been given a chunk, does not run.
         chunks = [(s, n) for s, n in chunks if s.slot >= 0]
+        steps = [self._step(sequence, count) for sequence, count in chunks]
         started = []
         # While memory is short nobody new comes in, least of all who has just been preempted.
         while budget and not short and (waiting := self._next_waiting()) is not None:
@@ -65,10 +66,10 @@ class Scheduler:
             if not waiting.started_at:
                 started.append(waiting)
             chunks.append((waiting, count))
+            steps.append(self._step(waiting, count))  # at once: the next one may share its blocks
             budget -= count
-        if not chunks:
+        if not steps:
             return None
-        steps = [self._step(sequence, count) for sequence, count in chunks]
         sampled = [s for (s, _), step in zip(chunks, steps, strict=True) if step.sampling]
         return PlannedStep(steps, sampled, started)
 

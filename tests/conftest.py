@@ -1,0 +1,55 @@
+"""What several test packages need: the reference material beside the project, if it is there."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+REFERENCE = PROJECT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder with the reference model, golden texts and tools."""
+    if not (REFERENCE / "golden").is_dir():
+        pytest.skip("the reference material ../shared is not here")
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def story_model(reference: Path) -> Path:
+    """TinyStories-656K."""
+    return reference / "models" / "story"
+
+
+@pytest.fixture(scope="session")
+def golden(reference: Path) -> list[dict[str, Any]]:
+    """Greedy continuations of the story model, as transformers writes them."""
+    cases: list[dict[str, Any]] = json.loads(
+        (reference / "golden" / "story_greedy.json").read_text()
+    )["cases"]
+    return cases
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(
+    reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Write (once) a checkpoint with random weights in a real model's shape."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(preset: str, dtype: str = "fp32") -> Path:
+        if (preset, dtype) not in made:
+            folder = tmp_path_factory.mktemp(preset)
+            tool = reference / "tools" / "make_checkpoint.py"
+            command = [sys.executable, str(tool), preset, str(folder), "--dtype", dtype]
+            subprocess.run(command, check=True)
+            made[preset, dtype] = folder
+        return made[preset, dtype]
+
+    return make

@@ -1,0 +1,122 @@
+"""What crosses a process is validated strictly and refused with a reason."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.messages import (
+    BadRequestError,
+    Done,
+    Generate,
+    Message,
+    SamplingParams,
+    Timings,
+    Usage,
+    decode_event,
+    decode_request,
+    encode,
+)
+
+STORY: dict[str, Any] = {"v": 1, "op": "generate", "id": "a", "kind": "story", "prompt": "x"}
+CHAT: dict[str, Any] = {
+    "v": 1,
+    "op": "generate",
+    "id": "a",
+    "kind": "chat",
+    "messages": [{"role": "user", "content": "x"}],
+}
+
+
+def pack(value: object) -> bytes:
+    return msgspec.msgpack.encode(value)
+
+
+def test_a_request_survives_the_wire() -> None:
+    request = Generate(
+        id="a",
+        kind="chat",
+        messages=[Message("user", "hi")],
+        params=SamplingParams(temperature=0.5, seed=(1 << 63) - 1),
+        stream=False,
+    )
+    assert decode_request(encode(request)) == request
+
+
+def test_an_event_survives_the_wire() -> None:
+    done = Done(
+        id="a",
+        text="t",
+        token_ids=[1],
+        finish_reason="stop",
+        model="m",
+        usage=Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2),
+        timings=Timings(
+            queue_s=0.0, prefill_s=0.1, decode_s=0.2, prefill_tokens_per_s=1, decode_tokens_per_s=2
+        ),
+    )
+    assert decode_event(encode(done)) == done
+
+
+@pytest.mark.parametrize(
+    ("frame", "word"),
+    [
+        (STORY | {"unknown": 1}, "unknown"),
+        (STORY | {"params": {"top_q": 1}}, "top_q"),
+        (STORY | {"v": 2}, "version 2"),
+        (STORY | {"v": "1"}, "version '1'"),
+        (STORY | {"op": "destroy"}, "destroy"),
+        (STORY | {"kind": "poem"}, "poem"),
+        (STORY | {"prompt": 7}, "prompt"),
+        (STORY | {"id": ""}, "id"),
+        (STORY | {"id": "x" * 65}, "64"),
+        (STORY | {"messages": CHAT["messages"]}, "messages"),
+        ({k: v for k, v in STORY.items() if k != "prompt"}, "prompt"),
+        (CHAT | {"messages": []}, "messages"),
+        (CHAT | {"messages": [{"role": "god", "content": "x"}]}, "god"),
+        (CHAT | {"messages": [{"role": "user", "content": "x", "name": "y"}]}, "name"),
+        *(
+            (STORY | {"params": {name: value}}, name)
+            for name, value in [
+                ("max_tokens", 0),
+                ("max_tokens", 1.5),
+                ("max_tokens", 1 << 40),
+                ("temperature", -0.1),
+                ("temperature", math.nan),
+                ("temperature", math.inf),
+                ("top_p", 0),
+                ("top_p", 1.1),
+                ("top_p", math.nan),
+                ("top_k", -1),
+                ("seed", -1),
+                ("seed", 1 << 63),
+            ]
+        ),
+    ],
+)
+def test_a_bad_request_is_refused_naming_what_is_wrong(frame: dict[str, Any], word: str) -> None:
+    with pytest.raises(BadRequestError, match=word):
+        decode_request(pack(frame))
+
+
+def test_the_refusal_knows_the_request_id_when_it_can_be_read() -> None:
+    with pytest.raises(BadRequestError) as caught:
+        decode_request(pack(STORY | {"unknown": 1}))
+    assert caught.value.request_id == "a"
+    with pytest.raises(BadRequestError) as caught:
+        decode_request(b"\xc1 no msgpack")
+    assert caught.value.request_id == ""
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(BadRequestError):
+        decode_request(b"\x91" * 100_000)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_decoder(frame: bytes) -> None:
+    with pytest.raises(BadRequestError):
+        decode_request(frame)
