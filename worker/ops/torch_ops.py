@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+_UPCAST_ROWS = 32
+"""From so many rows on a CPU without 16-bit matrix instructions does better in float32 (5632 x 2048,
+128 rows, one Ice Lake core: bf16 107 ms, fp16 209 ms, converted and then float32 49-57 ms)."""
+
 
 @dataclass(frozen=True)
 class PrefillSpan:
@@ -46,6 +50,8 @@ class AttentionPlan:
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [T, K] times weight [N, K] transposed -> [T, N] float32."""
+    if len(x) >= _UPCAST_ROWS and weight.device.type == "cpu":
+        return F.linear(x.to(weight.dtype).float(), weight.float())
     return F.linear(x.to(weight.dtype), weight).float()
 
 

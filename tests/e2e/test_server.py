@@ -1,0 +1,250 @@
+"""What a user of the server relies on: one clear line for a mistake, no hang, nothing left behind."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from client.zmq_client import Client
+from shared.errors import ModelNotFoundError, TpserveError
+from shared.messages import (
+    Cancelled,
+    Failed,
+    Generate,
+    SamplingParams,
+    decode_event,
+    encode,
+)
+from tests.e2e.server import Server, run_tpserve, wait_until
+
+
+@pytest.fixture(scope="module")
+def server(story_model: Path) -> Iterator[Server]:
+    with Server("--workers", "2", "--model", f"story={story_model}") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def address(server: Server) -> str:
+    return server.wait_ready()
+
+
+def test_one_coordinator_and_n_workers(server: Server, address: str) -> None:
+    assert len(server.workers()) == 2
+    with Client(address) as client:
+        status = client.status()
+    assert status.ready
+    assert [w.pid for w in status.workers] == [p.pid for p in server.workers()]
+    assert [v for w in status.workers for v in w.virtual_shards] == list(range(8))
+
+
+def test_the_same_words_asked_twice_are_found_in_the_cache(address: str) -> None:
+    prompt = "Once upon a time there was a little cat who liked to play in the garden. " * 4
+    with Client(address) as client:
+        first = client.story(prompt, temperature=0, max_tokens=5).result()
+        second = client.story(prompt, temperature=0, max_tokens=5).result()
+    assert second.token_ids == first.token_ids
+    assert second.usage.cached_tokens >= second.usage.prompt_tokens - 16
+
+
+def test_prompt_and_answer_fill_the_context_exactly(address: str) -> None:
+    with Client(address) as client:
+        length = client.models()[0].max_model_len
+        prompt = "a"
+        used = client.story(prompt, max_tokens=1, temperature=0).result().usage.prompt_tokens
+        room = length - used
+        with pytest.raises(TpserveError, match=f"ask for at most {room}") as caught:
+            client.story(prompt, max_tokens=room + 1).result()
+        assert caught.value.code == "context_length_exceeded"
+        with pytest.raises(TpserveError, match=rf"holds {length}") as caught:
+            client.story("once " * 2000).result()
+        assert caught.value.code == "context_length_exceeded"
+
+
+def test_an_unknown_model_is_refused_with_those_that_are_loaded(address: str) -> None:
+    with Client(address) as client, pytest.raises(ModelNotFoundError, match="loaded are: story"):
+        client.story("x", model="gpt-5").result()
+
+
+def test_chat_works_on_a_model_without_a_template(address: str) -> None:
+    with Client(address) as client:
+        done = client.chat([{"role": "user", "content": "hi"}], max_tokens=4).result()
+    assert len(done.token_ids) <= 4
+
+
+def test_cancel_ends_a_job_and_frees_its_memory(address: str) -> None:
+    with Client(address) as client:
+        stream = client.story("Once upon a time", temperature=1, seed=3, max_tokens=400)
+        first = next(iter(stream))
+        assert first
+        stream.cancel()
+        last = list(stream.events())[-1]
+        assert isinstance(last, Cancelled)
+        assert first in last.text
+        assert wait_until(lambda: client.status().kv_blocks_used == 0, 2)
+
+
+def test_the_jobs_of_a_client_that_goes_away_end(address: str) -> None:
+    with Client(address) as client:
+        socket = raw_socket(address)
+        params = SamplingParams(temperature=1, max_tokens=480)
+        for i in range(4):
+            socket.send(encode(Generate(id=str(i), kind="story", prompt="The", params=params)))
+        assert wait_until(lambda: client.status().running == 4, 5)
+        socket.close()
+        assert wait_until(lambda: client.status().running == 0, 1)
+        assert client.status().kv_blocks_used == 0
+
+
+def raw_socket(address: str) -> zmq.SyncSocket:
+    """A client that is not ours."""
+    socket: zmq.SyncSocket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    socket.connect(address)
+    return socket
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b""],
+        [b"\xc1"],
+        [b"\x91" * 100_000],
+        [os.urandom(1000)],
+        [b"a", b"b"],
+        [msgspec.msgpack.encode({"op": "generate", "id": "x", "kind": "story"})],
+    ],
+)
+def test_nonsense_is_answered_and_harms_nobody(address: str, frames: list[bytes]) -> None:
+    socket = raw_socket(address)
+    socket.send_multipart(frames)
+    assert socket.poll(5000)
+    answer = decode_event(socket.recv())
+    assert isinstance(answer, Failed)
+    assert answer.code == "invalid_value"
+    socket.close()
+    with Client(address) as client:
+        assert client.health().ready
+
+
+def test_a_frame_beyond_the_limit_cuts_its_sender_only(address: str) -> None:
+    socket = raw_socket(address)
+    socket.send(bytes(2 << 20))
+    assert not socket.poll(500)
+    socket.close()
+    with Client(address) as client:
+        assert client.health().ready
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_fails_every_waiting_job_and_is_replaced(
+    rank: int, server: Server, address: str
+) -> None:
+    with Client(address) as client:
+        assert wait_until(lambda: client.health().ready, 60)
+        epoch = client.status().epoch
+        streams = [client.story("The", temperature=1, max_tokens=480) for _ in range(8)]
+        next(iter(streams[0]))
+        began = time.monotonic()
+        server.workers()[rank].kill()
+        for stream in streams:
+            with pytest.raises(TpserveError, match=f"worker {rank}") as caught:
+                stream.result()
+            assert caught.value.code == "worker_lost"
+        assert time.monotonic() - began < 2
+        assert wait_until(lambda: client.health().ready, 60)
+        assert client.status().epoch == epoch + 1
+        assert client.story("The", temperature=0, max_tokens=3).result().token_ids
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_and_tells_waiting_clients(
+    how: signal.Signals, story_model: Path, tmp_path: Path
+) -> None:
+    before = shared_memory()
+    with Server(
+        *("--workers", "2", "--model", f"story={story_model}"),
+        env={"XDG_RUNTIME_DIR": str(tmp_path)},
+    ) as server:
+        with Client(server.wait_ready()) as client:
+            assert list(tmp_path.iterdir())
+            workers = server.workers()
+            stream = client.story("The", temperature=1, max_tokens=480)
+            next(iter(stream))
+            server.process.send_signal(how)
+            with pytest.raises(TpserveError, match="stopping"):
+                stream.result()
+        assert server.wait_exit(10) == 0
+    assert not any(p.is_running() for p in workers)
+    assert not list(tmp_path.iterdir())
+    assert shared_memory() == before
+
+
+def test_workers_do_not_outlive_a_killed_coordinator(story_model: Path) -> None:
+    with Server("--workers", "2", "--model", f"story={story_model}") as server:
+        server.wait_ready()
+        workers = server.workers()
+        server.process.kill()
+        gone, alive = psutil.wait_procs(workers, timeout=5)
+        assert len(gone) == 2
+        assert not alive
+
+
+def expect_failure(words: list[str], *arguments: str) -> None:
+    run = run_tpserve(["serve", "--listen", "tcp://127.0.0.1:*", *arguments])
+    assert run.returncode != 0
+    assert run.stdout == ""
+    errors = [line for line in run.stderr.splitlines() if line.startswith("tpserve: error:")]
+    assert len(errors) == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    for word in words:
+        assert word in errors[0]
+
+
+def test_too_many_workers_is_one_clear_line() -> None:
+    expect_failure(["99", "8 virtual shards"], "--workers", "99")
+
+
+def test_a_busy_port_is_one_clear_line(address: str, story_model: Path) -> None:
+    run = run_tpserve(["serve", "--listen", address, "--model", f"story={story_model}"])
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == (
+        f"tpserve: error: cannot listen on {address!r}: already in use"
+    )
+
+
+def test_a_missing_model_folder_is_one_clear_line() -> None:
+    expect_failure(["/no/such/folder", "not a folder"], "--model", "story=/no/such/folder")
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "tensor", "shape"])
+def test_a_broken_checkpoint_is_one_clear_line(
+    damage: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = make_checkpoint("tiny-mha")
+    for file in made.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "cut":
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "header":
+        weights.write_bytes(content[:8] + b"?" + content[9:])
+    elif damage == "tensor":
+        weights.write_bytes(content.replace(b"model.norm.weight", b"model.morn.weight", 1))
+    else:
+        config = (tmp_path / "config.json").read_text()
+        config = config.replace('"intermediate_size": 160', '"intermediate_size": 128')
+        (tmp_path / "config.json").write_text(config)
+    word = {"cut": "model.safetensors", "header": "model.safetensors"}.get(damage, "tensor")
+    expect_failure([str(tmp_path), word], "--model", f"story={tmp_path}")
