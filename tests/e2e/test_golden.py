@@ -18,7 +18,7 @@ CONFIGURATIONS = [
 
 
 @pytest.fixture(
-    scope="module", params=CONFIGURATIONS, ids=[f"{w} workers {c}" for w, c in CONFIGURATIONS]
+    scope="module", params=CONFIGURATIONS, ids=[f"{c}-{w}" for w, c in CONFIGURATIONS]
 )
 def address(request: pytest.FixtureRequest, story_model: Path) -> Iterator[str]:
     workers, comm = request.param

@@ -1,0 +1,154 @@
+"""The `tpserve` command: its arguments, and what becomes of errors.
+
+Each subcommand is a module of client/commands and is loaded when it is called for, so that none
+waits for the libraries of the others; `serve` becomes the coordinator and needs nothing of this.
+"""
+
+import argparse
+import importlib
+import io
+import os
+import sys
+
+from client.defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
+from client.render import one_line
+from shared.errors import TpserveError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGINT or SIGPIPE has ended."""
+MAX_TIMEOUT_S = 86_400
+
+
+def main() -> int:
+    """Entry of the `tpserve` command; the exit code. Usage errors exit with 2."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["serve"]:
+        # -P: the working directory must not decide which packages are imported.
+        serve = [sys.executable, "-P", "-m", "coordinator", *arguments[1:]]
+        os.execv(sys.executable, serve)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as input is; the locale may not hold the text
+    parser = argument_parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.error("which command? see tpserve --help")
+    try:
+        command = importlib.import_module(f"client.commands.{args.command}")
+        code: int = command.run(args)
+        sys.stdout.flush()
+    except TpserveError as error:
+        print(f"tpserve: error: {one_line(error.message)}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout again at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """All subcommands and their flags."""
+    parser = argparse.ArgumentParser(
+        prog="tpserve",
+        description="Tensor-parallel LLM inference: start a server and talk to it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version",
+        dest="command",
+        action="store_const",
+        const="version",
+        help="print the version and exit",
+    )
+    server, generation, as_json = _server_flags(), _generation_flags(), _json_flag()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="start a server; its flags: tpserve serve --help")
+
+    story = commands.add_parser(
+        "story",
+        parents=[server, generation, as_json],
+        allow_abbrev=False,
+        help="continue a text",
+        description="Print PROMPT and its continuation as it is generated.",
+    )
+    story.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="text to continue; without it, or for -, standard input less its last line break",
+    )
+
+    chat = commands.add_parser(
+        "chat",
+        parents=[server, generation],
+        allow_abbrev=False,
+        help="hold a conversation",
+        description="Hold a conversation; /help lists the commands. When standard input is not a "
+        "terminal, each of its lines is a turn and only the answers are printed.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
+
+    commands.add_parser(
+        "status", parents=[server, as_json], help="workers, queue, memory of the server"
+    )
+    commands.add_parser("models", parents=[server, as_json], help="the models that are loaded")
+    commands.add_parser(
+        "health", parents=[server], help="whether the server is ready; if not, exit with 1"
+    )
+    return parser
+
+
+def _server_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument(
+        "--server",
+        metavar="ADDRESS",
+        default=os.environ.get("TPSERVE_SERVER") or DEFAULT_ADDRESS,
+        help=f"ZeroMQ address (default: TPSERVE_SERVER, or {DEFAULT_ADDRESS})",
+    )
+    flags.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEFAULT_TIMEOUT_S,
+        help="how long to wait for a server to answer at all (default: %(default)g)",
+    )
+    return flags
+
+
+def _generation_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--model", metavar="NAME", help="which model (default: the server's choice)")
+    flags.add_argument("--max-tokens", metavar="N", type=int, help="generate N tokens at most")
+    randomness = flags.add_mutually_exclusive_group()
+    randomness.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    randomness.add_argument(
+        "--temperature", metavar="T", type=float, help="randomness; 0: always the likeliest token"
+    )
+    flags.add_argument("--top-k", metavar="K", type=int, help="sample among the K likeliest tokens")
+    flags.add_argument(
+        "--top-p", metavar="P", type=float, help="sample among the likeliest that add up to P"
+    )
+    flags.add_argument("--seed", metavar="N", type=int, help="same request and seed, same text")
+    return flags
+
+
+def _json_flag() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    return flags
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {MAX_TIMEOUT_S}")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

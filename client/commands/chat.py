@@ -1,0 +1,53 @@
+"""`tpserve chat`: several turns, typed at a prompt or read from a pipe."""
+
+import argparse
+import sys
+
+from client.commands.common import connect, sampling_options
+from client.render import note, one_line
+from client.repl import Conversation, piped_lines, typed_lines
+from shared.errors import TpserveError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until the input or /exit ends it."""
+    with connect(args) as client:
+        conversation = Conversation(client, args.model, args.system, sampling_options(args))
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _talk(conversation)
+        else:
+            _answer_lines(conversation)
+    return 0
+
+
+def _talk(conversation: Conversation) -> None:
+    """Neither an error nor Ctrl-C ends it."""
+    note("/help lists the commands")
+    for line in typed_lines():
+        if line.rstrip() == "/exit":
+            return
+        try:
+            if not _turn(conversation, line):
+                note("stopped")
+        except KeyboardInterrupt:  # a second one, in case the server no longer reacts to the first
+            note("stopped; this turn is forgotten")
+        except TpserveError as error:
+            print(f"tpserve: error: {one_line(error.message)}", file=sys.stderr)
+
+
+def _answer_lines(conversation: Conversation) -> None:
+    """The first error ends it, and so does Ctrl-C, as KeyboardInterrupt."""
+    for line in piped_lines():
+        if line.rstrip() == "/exit":
+            return
+        if not _turn(conversation, line):
+            raise KeyboardInterrupt
+
+
+def _turn(conversation: Conversation, line: str) -> bool:
+    """One line of input; False when its answer was cut short."""
+    if line.startswith("/"):
+        conversation.command(line)
+    elif line.strip():
+        return conversation.say(line.strip())
+    return True

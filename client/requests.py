@@ -1,0 +1,78 @@
+"""Builds requests from what a caller passes, and their frames."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import msgspec
+
+from shared.errors import InvalidRequestError
+from shared.messages import (
+    MAX_MESSAGE_BYTES,
+    Generate,
+    Message,
+    Request,
+    SamplingParams,
+    encode,
+)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of `story` and `chat`, as described at shared.messages.SamplingParams."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+
+def new_id() -> str:
+    """A request id that no other request has."""
+    return uuid.uuid4().hex
+
+
+def story_request(
+    prompt: str, model: str | None, stream: bool, options: SamplingOptions
+) -> Generate:
+    """Continue `prompt`."""
+    params = SamplingParams(**options)
+    return Generate(
+        id=new_id(), kind="story", model=model, prompt=prompt, params=params, stream=stream
+    )
+
+
+def chat_request(
+    messages: Sequence[Message | Mapping[str, str]],
+    model: str | None,
+    stream: bool,
+    options: SamplingOptions,
+) -> Generate:
+    """Answer `messages`, each a Message or a mapping with `role` and `content`."""
+    try:
+        turns = msgspec.convert(messages, list[Message])
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"messages: {error}") from None
+    params = SamplingParams(**options)
+    return Generate(
+        id=new_id(), kind="chat", model=model, messages=turns, params=params, stream=stream
+    )
+
+
+def encode_request(request: Request) -> bytes:
+    """The request's frame. Raises InvalidRequestError for what no frame can carry.
+
+    Limits of single fields are the server's to check; but it closes the connection on a frame that
+    is too long, so that one is refused here.
+    """
+    try:
+        frame = encode(request)
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the text is not valid Unicode: {error}") from None
+    except OverflowError as error:
+        raise InvalidRequestError(f"a number is out of range: {error}") from None
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            f"the request has {len(frame)} bytes, the limit is {MAX_MESSAGE_BYTES}: shorten it"
+        )
+    return frame

@@ -1,0 +1,204 @@
+"""The client library: `Client` for programs that wait, `AsyncClient` for event loops.
+
+    with Client() as client:
+        for piece in client.story("Once upon a time", max_tokens=50):
+            print(piece, end="", flush=True)
+
+Both connect when they are first used, and again after a server has gone away. A client belongs to
+one thread (or one event loop); any number of its streams may be open at once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Generic, Self, TypeVar, Unpack
+
+from client.connection import AsyncConnection, Connection
+from client.defaults import DEFAULT_ADDRESS, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
+from client.errors import JobCancelledError, RemoteError, expect
+from client.requests import SamplingOptions, chat_request, new_id, story_request
+from client.streams import AsyncStream, Stream
+from shared.errors import ConnectionLostError
+from shared.messages import (
+    Event,
+    GetHealth,
+    GetStatus,
+    Health,
+    ListModels,
+    Message,
+    ModelInfo,
+    Models,
+    Request,
+    Status,
+)
+
+__all__ = ["AsyncClient", "AsyncStream", "Client", "JobCancelledError", "RemoteError", "Stream"]
+
+E = TypeVar("E", bound=Event)
+C = TypeVar("C", Connection, AsyncConnection)
+
+
+class _BaseClient(ABC, Generic[C]):
+    """Where the server is, and the connection to it while there is one."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        silence_s: float = DEFAULT_SILENCE_S,
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._silence_s = silence_s
+        self._current: C | None = None
+        self._closed = False
+
+    @abstractmethod
+    def _connect(self) -> C: ...
+
+    def _connection(self) -> C:
+        if self._closed:
+            raise ConnectionLostError("this client was closed")
+        if self._current is None or not self._current.usable:
+            self._current = self._connect()
+        return self._current
+
+
+class Client(_BaseClient[Connection]):
+    """Talks to the server at `address` and waits where it has to.
+
+    Every method may raise ConnectionLostError: no server has answered within `timeout_s`, it has
+    closed the connection, or it has not even answered questions for its health for `silence_s`.
+    """
+
+    def story(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
+        return Stream(self._connection(), story_request(prompt, model, stream, options))
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
+        return Stream(self._connection(), chat_request(messages, model, stream, options))
+
+    def models(self) -> list[ModelInfo]:
+        """What is loaded."""
+        return self._ask(ListModels(id=new_id()), Models).models
+
+    def status(self) -> Status:
+        """Workers, queue, memory, rates."""
+        return self._ask(GetStatus(id=new_id()), Status)
+
+    def health(self) -> Health:
+        """Whether tokens come through all workers."""
+        return self._ask(GetHealth(id=new_id()), Health)
+
+    def close(self) -> None:
+        """Cancel what is still running and leave. May be called twice."""
+        self._closed = True
+        if self._current is not None:
+            self._current.close()
+
+    def _ask(self, request: Request, answer: type[E]) -> E:
+        connection = self._connection()
+        connection.exchange.open(request)
+        try:
+            return expect(connection.next_event(request.id), answer)
+        finally:
+            connection.exchange.close(request.id)
+
+    def _connect(self) -> Connection:
+        return Connection(self.address, self._timeout_s, self._silence_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncClient(_BaseClient[AsyncConnection]):
+    """`Client` for an event loop: `story` and `chat` are called without await, they do not wait.
+
+    Raises what `Client` raises.
+    """
+
+    def story(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
+        return AsyncStream(self._connection(), story_request(prompt, model, stream, options))
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
+        return AsyncStream(self._connection(), chat_request(messages, model, stream, options))
+
+    async def models(self) -> list[ModelInfo]:
+        """What is loaded."""
+        return (await self._ask(ListModels(id=new_id()), Models)).models
+
+    async def status(self) -> Status:
+        """Workers, queue, memory, rates."""
+        return await self._ask(GetStatus(id=new_id()), Status)
+
+    async def health(self) -> Health:
+        """Whether tokens come through all workers."""
+        return await self._ask(GetHealth(id=new_id()), Health)
+
+    async def close(self) -> None:
+        """Cancel what is still running and leave. May be called twice."""
+        self._closed = True
+        if self._current is not None:
+            await self._current.close()
+
+    async def _ask(self, request: Request, answer: type[E]) -> E:
+        connection = self._connection()
+        connection.exchange.open(request)
+        try:
+            return expect(await connection.next_event(request.id), answer)
+        finally:
+            connection.exchange.close(request.id)
+
+    def _connect(self) -> AsyncConnection:
+        return AsyncConnection(self.address, self._timeout_s, self._silence_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
