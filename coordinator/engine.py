@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import zmq
 
@@ -22,17 +21,19 @@ from coordinator.jobs import refuse_if_full
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
+from coordinator.status import Counters, describe
 from shared.config import Settings
 from shared.errors import (
     InvalidRequestError,
+    JobNotFoundError,
     NotReadyError,
+    SlowReaderError,
     TpserveError,
     WorkerLostError,
 )
 from shared.messages import (
     Cancel,
     Cancelled,
-    Done,
     Event,
     Failed,
     FinishReason,
@@ -40,17 +41,15 @@ from shared.messages import (
     GetHealth,
     GetStatus,
     Health,
-    Kind,
     ListModels,
     Models,
+    Progress,
     Queued,
     Request,
     Started,
-    Status,
     StepPlan,
     StepResult,
     Token,
-    WorkerStatus,
 )
 
 log = logging.getLogger("coordinator.engine")
@@ -59,6 +58,7 @@ PIPELINE_DEPTH = 2
 """Plans that may be with the workers: one that runs, and one that waits for it to end."""
 MAX_RESTARTS_PER_MINUTE = 5
 _TICK_MS = 500
+_REPORT_INTERVAL_S = 1.0
 _NOBODY = b""
 """The client of the engine's own test sequences."""
 
@@ -87,9 +87,7 @@ class Engine:
         self.cluster = cluster
         self.ready = False
         """A token has come through all workers with every model."""
-        self.started_at = time.monotonic()
-        self.steps = 0
-        self.tokens_generated = 0
+        self.counters = Counters()
         self._frontend = frontend
         self._intake = Intake(models)
         self._preparing: set[tuple[bytes, str]] = set()
@@ -98,6 +96,7 @@ class Engine:
         self._turns = deque(models)
         self._untested: set[str] = set()
         self._restarts: deque[float] = deque()
+        self._next_report = 0.0
         self._stop_requested = False
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch = select.epoll()  # one descriptor in place of many keeps each poll short
@@ -117,6 +116,7 @@ class Engine:
             self._take_prepared()
             self._take_requests()
             self._plan_ahead()
+            self._report_progress()
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler."""
@@ -149,40 +149,13 @@ class Engine:
                 infos = [model.info() for model in self.models.values()]
                 self._publish(client, Models(id=request.id, models=infos))
             case GetStatus():
-                self._publish(client, self._status(request.id))
+                status = describe(
+                    request.id, self.settings, self.models, self.cluster, self.ready, self.counters
+                )
+                self._publish(client, status)
             case GetHealth():
                 reason = "" if self.ready else "the workers are being started"
                 self._publish(client, Health(id=request.id, ready=self.ready, reason=reason))
-
-    def _status(self, request_id: str) -> Status:
-        models = self.models.values()
-        schedulers = [model.scheduler for model in models if model.scheduler is not None]
-        kinds: tuple[Kind, ...] = ("story", "chat")
-        return Status(
-            id=request_id,
-            version=version("tpserve"),
-            ready=self.ready,
-            uptime_s=time.monotonic() - self.started_at,
-            pid=os.getpid(),
-            epoch=self.cluster.epoch,
-            comm=self.settings.comm if self.settings.workers > 1 else "local",
-            workers=[
-                WorkerStatus(
-                    rank=worker.rank,
-                    pid=worker.process.pid,
-                    virtual_shards=list(self.cluster.owned[worker.rank]),
-                    memory_bytes=worker.memory_bytes(),
-                )
-                for worker in self.cluster.supervisor.workers
-            ],
-            models=[model.info() for model in models],
-            queued={kind: sum(model.queue.count(kind) for model in models) for kind in kinds},
-            running=sum(len(scheduler.running) for scheduler in schedulers),
-            steps=self.steps,
-            tokens_generated=self.tokens_generated,
-            kv_blocks_used=sum(scheduler.pool.used for scheduler in schedulers),
-            kv_blocks_total=sum(scheduler.pool.total for scheduler in schedulers),
-        )
 
     def _submit(self, client: bytes, request: Generate) -> None:
         key = (client, request.id)
@@ -233,11 +206,32 @@ class Engine:
 
     def _drop(self, client: bytes) -> None:
         """A client is gone or does not read: its jobs end."""
-        gone = [s for s in self._sequences.values() if s.client == client]
-        for sequence in gone:
+        slow = not self._frontend.last_client_gone
+        dropped = [s for s in self._sequences.values() if s.client == client]
+        for sequence in dropped:
             self._end(sequence)
-        if gone:
-            log.info("a client went away; %d of its jobs were cancelled", len(gone))
+            if slow:
+                error = SlowReaderError("too many events wait to be read: the job was ended")
+                self._frontend.send_when_possible(client, _failed(sequence.request_id, error))
+        self._preparing = {key for key in self._preparing if key[0] != client}
+        if dropped:
+            why = "does not read" if slow else "went away"
+            log.info("a client %s; %d of its jobs were ended", why, len(dropped))
+
+    def _report_progress(self) -> None:
+        """Once a second tell silent jobs' clients that all is well, and notice who has gone."""
+        now = time.monotonic()
+        if now < self._next_report:
+            return
+        self._next_report = now + _REPORT_INTERVAL_S
+        self._frontend.send_owed()
+        silent = [(s, None) for s in self._sequences.values() if s.slot >= 0 and not s.stream]
+        waiting = [item for model in self.models.values() for item in model.queue.positions()]
+        for sequence, position in [*silent, *waiting]:
+            if not sequence.finished:
+                count = sequence.new_tokens
+                event = Progress(id=sequence.request_id, position=position, new_tokens=count)
+                self._publish(sequence.client, event)
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
@@ -259,7 +253,7 @@ class Engine:
                 idle += 1
                 continue
             idle = 0
-            self.steps += 1
+            self.counters.steps += 1
             now = time.monotonic()
             for sequence in planned.started:
                 sequence.started_at = now
@@ -267,11 +261,11 @@ class Engine:
                 self._stream(
                     sequence, Started(id=sequence.request_id, model=name, prompt_tokens=count)
                 )
-            self._sent.append(SentStep(self.steps, scheduler, planned.sampled, now))
+            self._sent.append(SentStep(self.counters.steps, scheduler, planned.sampled, now))
             self.cluster.send_plan(
                 StepPlan(
                     epoch=self.cluster.epoch,
-                    step=self.steps,
+                    step=self.counters.steps,
                     model=name,
                     sequences=planned.sequences,
                 )
@@ -305,7 +299,7 @@ class Engine:
                 self._fail(sequence, TpserveError("the model computed values that are not numbers"))
                 continue
             reason = sequence.append(token)
-            self.tokens_generated += 1
+            self.counters.tokens += 1
             text = "" if token in sequence.eos_ids else sequence.detokenizer.push(token)
             if reason is not None:
                 text += sequence.detokenizer.flush()
@@ -319,27 +313,13 @@ class Engine:
         if sequence.client is _NOBODY:
             self._passed_test(sequence.model)
             return
-        self._publish(
-            sequence.client,
-            Done(
-                id=sequence.request_id,
-                text=sequence.text,
-                token_ids=sequence.tokens[sequence.prompt_tokens :],
-                finish_reason=reason,
-                model=sequence.model,
-                usage=sequence.usage(),
-                timings=sequence.timings(),
-            ),
-        )
+        self._publish(sequence.client, sequence.done(reason))
 
     def _fail(self, sequence: Sequence, error: TpserveError) -> None:
         self._end(sequence)
         if sequence.client is _NOBODY:
             raise TpserveError(f"model {sequence.model}: {error.message}")
-        self._publish(
-            sequence.client,
-            Failed(id=sequence.request_id, code=error.code, message=error.message),
-        )
+        self._publish(sequence.client, _failed(sequence.request_id, error))
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -409,12 +389,8 @@ class Engine:
         for model in self.models.values():
             model.scheduler = None
         for client, request_id in waiting:
-            event = Failed(id=request_id, code=error.code, message=error.message)
-            self._frontend.send(client, event)
+            self._frontend.send(client, _failed(request_id, error))
 
 
-class JobNotFoundError(TpserveError):
-    """A cancel request names a job that is not under way."""
-
-    code = "not_found"
-    http_status = 404
+def _failed(request_id: str, error: TpserveError) -> Failed:
+    return Failed(id=request_id, code=error.code, message=error.message)

@@ -1,6 +1,7 @@
 """The clients' side of the coordinator: one ROUTER socket, requests in, events out."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 
 import zmq
@@ -28,6 +29,9 @@ class Frontend:
     def __init__(self, context: zmq.Context[zmq.SyncSocket], address: str) -> None:
         """Bind. Raises ConfigError when the address is taken."""
         self.socket = client_facing(context, address)
+        self.last_client_gone = False
+        """After a send that failed: the client is gone, and did not only stop reading."""
+        self._owed: deque[tuple[bytes, Event]] = deque()
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def requests(self) -> Iterator[tuple[bytes, Request]]:
@@ -49,10 +53,22 @@ class Frontend:
         try:
             self.socket.send_multipart((client, encode(event)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                return False
-            raise
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self.last_client_gone = error.errno == zmq.EHOSTUNREACH
+            return False
         return True
+
+    def send_when_possible(self, client: bytes, event: Event) -> None:
+        """For a job's last event to a client that has stopped reading: keep it until it reads."""
+        self._owed.append((client, event))
+
+    def send_owed(self) -> None:
+        """Try again what could not be sent; forget it when the client is gone."""
+        for _ in range(len(self._owed)):
+            client, event = self._owed.popleft()
+            if not self.send(client, event) and not self.last_client_gone:
+                self._owed.append((client, event))
 
     def refuse(self, client: bytes, request_id: str, error: TpserveError) -> None:
         """Answer a request with an error."""

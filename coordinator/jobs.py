@@ -50,6 +50,10 @@ class JobQueue:
         """Take out a job that was cancelled while it waited."""
         self._waiting[sequence.kind].remove(sequence)
 
+    def positions(self) -> list[tuple[Sequence, int]]:
+        """All waiting jobs, each with how many of its kind stand before it."""
+        return [(s, i) for queue in self._waiting.values() for i, s in enumerate(queue)]
+
     def waiting(self) -> list[Sequence]:
         """All of them."""
         return [s for queue in self._waiting.values() for s in queue]

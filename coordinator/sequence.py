@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from coordinator.kv_blocks import BLOCK_TOKENS, chain_digest
 from coordinator.text import Detokenizer
-from shared.messages import FinishReason, Kind, Sampling, Timings, Usage
+from shared.messages import Done, FinishReason, Kind, Sampling, Timings, Usage
 
 
 @dataclass(eq=False)
@@ -81,6 +81,18 @@ class Sequence:
         if token in self.eos_ids:
             return "stop"
         return "length" if self.new_tokens >= self.max_new_tokens else None
+
+    def done(self, reason: FinishReason) -> Done:
+        """The event that ends a job well."""
+        return Done(
+            id=self.request_id,
+            text=self.text,
+            token_ids=self.tokens[self.prompt_tokens :],
+            finish_reason=reason,
+            model=self.model,
+            usage=self.usage(),
+            timings=self.timings(),
+        )
 
     def usage(self) -> Usage:
         """Token counts so far."""

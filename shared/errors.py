@@ -50,6 +50,20 @@ class ModelNotFoundError(TpserveError):
     http_status = 404
 
 
+class JobNotFoundError(TpserveError):
+    """A request names a job that is not under way."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class SlowReaderError(TpserveError):
+    """A client does not read its events, and too many wait for it."""
+
+    code = "slow_reader"
+    http_status = 408
+
+
 class QueueFullError(TpserveError):
     """The bounded job queue has no room."""
 

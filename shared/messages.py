@@ -14,7 +14,7 @@ from shared.errors import InvalidRequestError, TpserveError
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 1 << 20
-"""Limit of one frame from or to a client."""
+"""Limit of one frame from a client."""
 
 Kind = Literal["story", "chat"]
 Role = Literal["system", "user", "assistant"]
@@ -68,7 +68,7 @@ class Generate(_Request, frozen=True, kw_only=True, tag="generate"):
 
     kind: Kind
     model: ModelName | None = None
-    """None: the model named like the kind, or the only one."""
+    """None: the model named like the kind, else the first."""
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
     params: SamplingParams = SamplingParams()
@@ -153,6 +153,14 @@ class Token(_Event, frozen=True, kw_only=True, tag="token"):
     token_ids: list[int]
 
 
+class Progress(_Event, frozen=True, kw_only=True, tag="progress"):
+    """Sent once a second for a job that sends nothing else: it waits, or it does not stream."""
+
+    position: int | None
+    """Jobs of its kind that stand before it; None once it runs."""
+    new_tokens: int
+
+
 class Done(_Event, frozen=True, kw_only=True, tag="done"):
     """The whole answer. `text` is what was generated, without the prompt."""
 
@@ -235,7 +243,7 @@ class Health(_Event, frozen=True, kw_only=True, tag="health"):
     reason: str = ""
 
 
-Event = Queued | Started | Token | Done | Failed | Cancelled | Models | Status | Health
+Event = Queued | Started | Token | Progress | Done | Failed | Cancelled | Models | Status | Health
 TERMINAL_EVENTS = (Done, Failed, Cancelled)
 
 
@@ -428,7 +436,7 @@ def decode_event(frame: bytes) -> Event:
     """A coordinator's frame, as a client reads it. Raises TpserveError when it is not understood."""
     try:
         return _event_decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise TpserveError(f"the server sent an event that is not understood: {error}") from None
 
 

@@ -84,7 +84,11 @@ def alone(prompt: list[int], new: int) -> list[int]:
 
 
 def run_all(
-    scheduler: Scheduler, worker: PaperWorker, depth: int, arrivals: deque[Sequence], cancel: int = 0
+    scheduler: Scheduler,
+    worker: PaperWorker,
+    depth: int,
+    arrivals: deque[Sequence],
+    cancel: int = 0,
 ) -> int:
     """Serve everything; how many steps it took."""
     sent: deque[tuple[PlannedStep, list[int]]] = deque()
@@ -121,7 +125,9 @@ def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int) -> None
         for _ in range(40)
     ]
     wanted = [random.randrange(1, 60) for _ in prompts]
-    everyone = [sequence(str(i), p, n) for i, (p, n) in enumerate(zip(prompts, wanted, strict=True))]
+    everyone = [
+        sequence(str(i), p, n) for i, (p, n) in enumerate(zip(prompts, wanted, strict=True))
+    ]
     scheduler = Scheduler(JobQueue(), blocks, slots=8, max_batched_tokens=64)
     run_all(scheduler, PaperWorker(blocks, 8), depth, deque(everyone), cancel=5)
     finished = 0

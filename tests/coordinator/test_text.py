@@ -78,7 +78,9 @@ def test_random_tokens_never_break_the_stream(ids: list[int]) -> None:
     assert text == BYTE_LEVEL.decode(ids)
 
 
-@pytest.mark.parametrize("text", ["héllo 😀 wörld", "你好，世界", "a👩‍👩‍👧‍👦b", "  two  spaces \n\n x"])
+@pytest.mark.parametrize(
+    "text", ["héllo 😀 wörld", "你好，世界", "a👩‍👩‍👧‍👦b", "  two  spaces \n\n x"]
+)
 def test_pieces_join_with_sentencepiece_byte_fallback(reference: Path, text: str) -> None:
     for name in ("minueza-32m-tokenizer", "story"):
         tokenizer = Tokenizer.from_file(str(reference / "models" / name / "tokenizer.json"))

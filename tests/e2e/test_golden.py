@@ -17,9 +17,7 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.fixture(
-    scope="module", params=CONFIGURATIONS, ids=[f"{c}-{w}" for w, c in CONFIGURATIONS]
-)
+@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=[f"{c}-{w}" for w, c in CONFIGURATIONS])
 def address(request: pytest.FixtureRequest, story_model: Path) -> Iterator[str]:
     workers, comm = request.param
     arguments = ("--workers", str(workers), "--comm", comm, "--model", f"story={story_model}")

@@ -17,6 +17,7 @@ from shared.messages import (
     Cancelled,
     Failed,
     Generate,
+    Progress,
     SamplingParams,
     Token,
     decode_event,
@@ -102,6 +103,37 @@ def test_the_jobs_of_a_client_that_goes_away_end(address: str) -> None:
         socket.close()
         assert wait_until(lambda: client.status().running == 0, 1)
         assert client.status().kv_blocks_used == 0
+
+
+def test_a_job_that_does_not_stream_ends_too_when_its_client_goes_away(address: str) -> None:
+    with Client(address) as client:
+        socket = raw_socket(address)
+        params = SamplingParams(temperature=1, max_tokens=480)
+        for i in range(40):  # enough to last for seconds
+            socket.send(
+                encode(Generate(id=str(i), kind="story", prompt="The", params=params, stream=False))
+            )
+        assert wait_until(lambda: client.status().running == 40, 10)
+        done = client.status().tokens_generated
+        socket.close()
+        assert wait_until(lambda: client.status().running == 0, 3)
+        assert client.status().tokens_generated - done < 40 * 480
+
+
+def test_a_waiting_job_is_told_its_position(story_model: Path) -> None:
+    with Server("--model", f"story={story_model}", "--max-num-seqs", "1") as server:
+        socket = raw_socket(server.wait_ready())
+        params = SamplingParams(temperature=1, max_tokens=480)
+        for i in range(20):
+            socket.send(encode(Generate(id=str(i), kind="story", prompt="The", params=params)))
+        positions = []
+        while not positions:
+            assert socket.poll(10_000)
+            event = decode_event(socket.recv())
+            if isinstance(event, Progress):
+                positions.append((event.id, event.position))
+        assert positions[0][1] == 0
+        socket.close()
 
 
 def raw_socket(address: str) -> zmq.SyncSocket:

@@ -98,5 +98,5 @@ def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
 
 def test_broken_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         read_model_config(tmp_path)

@@ -136,5 +136,7 @@ def test_aligned_subtrees_cover_a_run_with_the_largest_nodes(start: int, length:
         size = len(root)
         assert size & (size - 1) == 0
         assert root.start % size == 0
-        parent = range(root.start // (2 * size) * 2 * size, (root.start // (2 * size) + 1) * 2 * size)
+        parent = range(
+            root.start // (2 * size) * 2 * size, (root.start // (2 * size) + 1) * 2 * size
+        )
         assert not (parent.start >= shards.start and parent.stop <= shards.stop)

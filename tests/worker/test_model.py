@@ -1,5 +1,6 @@
 """The sharded decoder against transformers, on random checkpoints in real shapes."""
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -110,10 +111,12 @@ def test_a_prompt_may_come_in_chunks(
     sizes: list[int], make_checkpoint: Callable[..., Path]
 ) -> None:
     folder = make_checkpoint("tiny-gqa")
-    ids = torch.randint(3, 32000, (sum(sizes),), generator=torch.Generator().manual_seed(2)).tolist()
+    ids = torch.randint(
+        3, 32000, (sum(sizes),), generator=torch.Generator().manual_seed(2)
+    ).tolist()
     whole = logits_of(folder, 1, [ids])[-1]
     bounds = np.cumsum([0, *sizes])
-    chunks = [ids[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    chunks = [ids[a:b] for a, b in itertools.pairwise(bounds)]
     for world in (1, 3):
         assert relative(logits_of(folder, world, chunks)[-1], whole) < TOLERANCE
 
@@ -124,7 +127,9 @@ def test_a_sliding_window_hides_what_is_further_back(
     made = make_checkpoint("minueza-32m")
     for file in made.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    config = (made / "config.json").read_text().replace('"sliding_window": 1024', '"sliding_window": 8')
+    config = (
+        (made / "config.json").read_text().replace('"sliding_window": 1024', '"sliding_window": 8')
+    )
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(config)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -156,7 +161,9 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
             for i, p in enumerate(prompts):
                 blocks = np.arange(i * per_sequence, (i + 1) * per_sequence, dtype="<i4").tobytes()
                 if tokens(p):
-                    made.append(SequenceStep(i, len(p) - 1 if decode else 0, tokens(p), blocks, None))
+                    made.append(
+                        SequenceStep(i, len(p) - 1 if decode else 0, tokens(p), blocks, None)
+                    )
             return made
 
         with torch.inference_mode():

@@ -1,0 +1,31 @@
+"""Which communicator a worker gets."""
+
+from shared.errors import ConfigError
+from shared.messages import CommSetup
+from worker.comm.base import Communicator
+from worker.comm.local import LocalCommunicator
+from worker.comm.shm import ShmCommunicator
+from worker.comm.zmq_mesh import ZmqCommunicator
+
+
+def open_communicator(setup: CommSetup, shm_fd: int | None) -> Communicator:
+    """Join the other ranks of `setup`.
+
+    shm_fd: the region made by `shared.shm.create_shm_region`, which is closed here; only for shm.
+    Raises ConfigError when the setup cannot work, CommError when a rank does not come in time to a
+    transport that has a rendezvous (gloo). Otherwise the first collective waits for the ranks.
+    """
+    match setup.kind:
+        case "local":
+            return LocalCommunicator(setup)
+        case "shm":
+            if shm_fd is None:
+                raise ConfigError("--comm shm needs the file descriptor of a shared memory region")
+            return ShmCommunicator(setup, shm_fd)
+        case "zmq":
+            return ZmqCommunicator(setup)
+        case "gloo":
+            # Importing torch.distributed takes a second or more; only this transport needs it.
+            from worker.comm.torch_dist import GlooCommunicator
+
+            return GlooCommunicator(setup)
