@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from shared.sharding import ModelShards
 from worker.comm.base import Communicator
@@ -79,25 +80,38 @@ class RowLinear:
         columns: Sequence[range],
         placement: Placement,
     ) -> None:
-        """`columns` of each owned virtual shard of weight `name` [outputs, inputs]; may be empty."""
+        """`columns` of each owned virtual shard of weight `name` [outputs, inputs]; may be empty.
+
+        The shards' products are one batched product, so narrower ones are filled up with zeros.
+        """
         self.comm = placement.comm
-        self.outputs = outputs
-        first = columns[0].start
-        self.columns = [range(c.start - first, c.stop - first) for c in columns]
-        self.weights = [
-            checkpoint.read(name, (outputs, inputs), placement.dtype, columns=c) for c in columns
-        ]
+        self.shards, self.outputs = len(columns), outputs
+        self.width = max(len(own) for own in columns)
+        self.weight = torch.zeros(self.shards, self.width, outputs, dtype=placement.dtype)
+        for shard, own in zip(self.weight, columns, strict=True):
+            piece = checkpoint.read(name, (outputs, inputs), placement.dtype, columns=own)
+            shard[: len(own)] = piece.T
+        first, stop = columns[0].start, columns[-1].stop
+        self.spread: torch.Tensor | None = None
+        if any(len(own) < self.width for own in columns):
+            filler = stop - first  # a column of zeros behind the own ones
+            self.spread = torch.tensor(
+                [
+                    own.start - first + i if i < len(own) else filler
+                    for own in columns
+                    for i in range(self.width)
+                ]
+            )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """X [T, own columns] -> [T, N], summed over all virtual shards."""
-        partials = torch.empty(len(self.weights), len(x), self.outputs)
-        for partial, columns, weight in zip(partials, self.columns, self.weights, strict=True):
-            if columns:
-                partial.copy_(ops.linear(x[:, columns.start : columns.stop], weight))
-            else:
-                partial.zero_()  # fewer heads or row groups than virtual shards
-        total = self.comm.all_reduce_tree(partials.view(len(partials), -1).numpy())
-        return torch.from_numpy(total).view(len(x), self.outputs)
+        tokens = len(x)
+        if self.spread is not None:
+            x = F.pad(x, (0, 1)).index_select(1, self.spread)
+        by_shard = x.view(tokens, self.shards, self.width).transpose(0, 1)
+        partials = ops.batched_linear(by_shard, self.weight)
+        total = self.comm.all_reduce_tree(partials.view(self.shards, -1).numpy())
+        return torch.from_numpy(total).view(tokens, self.outputs)
 
 
 class VocabHead:

@@ -156,7 +156,7 @@ class Decoder:
         """Memory of the own weights; the embedding is a shared mapping and not counted."""
         total = self.lm_head.weight.nbytes
         for block in self.blocks:
-            rows = [*block.attention.o_proj.weights, *block.mlp.down_proj.weights]
-            total += block.attention.qkv.weight.nbytes + block.mlp.gate_up.weight.nbytes
-            total += sum(weight.nbytes for weight in rows)
+            attention, mlp = block.attention, block.mlp
+            for layer in (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj):
+                total += layer.weight.nbytes
         return total

@@ -55,6 +55,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.to(weight.dtype), weight).float()
 
 
+def batched_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [S, T, K] times weight [S, K, N], each of S for itself -> [S, T, N] float32."""
+    if x.shape[1] >= _UPCAST_ROWS and weight.device.type == "cpu":
+        return torch.bmm(x.to(weight.dtype).float(), weight.float())
+    return torch.bmm(x.to(weight.dtype), weight).float()
+
+
 def embed(ids: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows `ids` [T] of table [vocab, hidden], rounded to the model's dtype -> float32."""
     return table[ids].to(dtype).float()
