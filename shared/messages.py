@@ -296,12 +296,43 @@ class AllocateKV(_ToWorker, frozen=True, kw_only=True, tag="kv"):
 
 
 class Sampling(Struct, frozen=True, array_like=True):
-    """Resolved sampling parameters of one sequence."""
+    """Resolved sampling parameters of one sequence.
+
+    Order: logit_bias and penalties change the logits; then temperature, top_k, top_p, min_p.
+    """
 
     temperature: float
+    """0 is greedy."""
     top_k: int
+    """0: no limit."""
     top_p: float
     seed: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    banned: list[int] = []
+    """Token ids that may not be sampled for positions before `banned_before`."""
+    banned_before: int = 0
+    logprobs: int = -1
+    """How many of the most probable tokens to report; 0: the chosen one only; -1: nothing."""
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it depends on the tokens that came before."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+
+class History(Struct, frozen=True, array_like=True):
+    """The tokens of a sequence so far, for penalties; int32 little-endian."""
+
+    prompt: bytes
+    output: bytes
 
 
 class SequenceStep(Struct, frozen=True, array_like=True):
@@ -315,6 +346,8 @@ class SequenceStep(Struct, frozen=True, array_like=True):
     """Block table, int32 little-endian: block i holds positions 16 i to 16 i + 15."""
     sampling: Sampling | None
     """None: only fill the KV cache (a prefill chunk that is not the last)."""
+    history: History | None = None
+    """Given with the first step of a sequence in its slot, if its sampling has penalties."""
 
 
 class StepPlan(_ToWorker, frozen=True, kw_only=True, tag="step"):
@@ -366,12 +399,22 @@ class Allocated(_FromWorker, frozen=True, kw_only=True, tag="allocated"):
     model: str
 
 
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities under the model's own logits, before any sampling."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+    """The most probable tokens, best first."""
+
+
 class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
     """The sampled token of each sequence that wanted one, in the plan's order. From rank 0 only."""
 
     step: int
     tokens: list[int]
     """-1: this sequence's logits were not finite numbers."""
+    logprobs: list[TokenLogprobs | None] = []
+    """As `tokens`, with None where they are not wanted; empty if nobody wants them."""
     compute_us: int
     comm_us: int
 
