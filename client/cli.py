@@ -133,7 +133,29 @@ def _generation_flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--top-p", metavar="P", type=float, help="sample among the likeliest that add up to P"
     )
+    flags.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        default=0.0,
+        help="leave out tokens less likely than P times the likeliest",
+    )
     flags.add_argument("--seed", metavar="N", type=int, help="same request and seed, same text")
+    for name, neutral, what in (
+        ("repetition", 1.0, "divides the logits of tokens that occur in prompt or answer"),
+        ("presence", 0.0, "taken off the logits of tokens that the answer has"),
+        ("frequency", 0.0, "the same, times how often it has them"),
+    ):
+        flags.add_argument(f"--{name}-penalty", metavar="X", type=float, default=neutral, help=what)
+    flags.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; repeatable"
+    )
+    flags.add_argument(
+        "--min-tokens", metavar="N", type=int, default=0, help="no end before N new tokens"
+    )
+    flags.add_argument(
+        "--ignore-eos", action="store_true", help="go on after the model's end-of-text token"
+    )
     return flags
 
 

@@ -48,7 +48,9 @@ def remote_error(code: str, message: str) -> TpserveError:
 def expect(event: Event, answer: type[E]) -> E:
     """`event` as the answer to a request. Raises what `failed` stands for."""
     if isinstance(event, Failed):
-        raise remote_error(event.code, event.message)
+        error = remote_error(event.code, event.message)
+        error.retry_after_s = event.retry_after_s
+        raise error
     if not isinstance(event, answer):
         raise TpserveError(f"the server answered {event} where {answer.__name__} is due")
     return event

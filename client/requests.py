@@ -24,7 +24,19 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float
     seed: int | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    stop: list[str]
+    stop_token_ids: list[int]
+    min_tokens: int
+    ignore_eos: bool
+    n: int
+    logprobs: int | None
+    echo: bool
 
 
 def new_id() -> str:

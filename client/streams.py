@@ -44,6 +44,8 @@ class _Answer:
     def _read(self, event: Event) -> str:
         """Take note of an event and return the text that it adds. Raises what `failed` says."""
         if isinstance(event, Token):
+            if event.index:
+                return ""  # of another answer than the first: see `events`
             self.text += event.text
             self.token_ids += event.token_ids
             return event.text
@@ -71,6 +73,8 @@ class _Answer:
 
 class Stream(_Answer):
     """Iterate over it for the pieces of text as they come; leaving the loop early cancels the job.
+
+    With n > 1 these are the first answer's; `events` has all of them, and so has the result.
 
     Any wait raises the error that ended the job, or ConnectionLostError. A cancelled job just ends
     the iteration.

@@ -205,13 +205,18 @@ class Cluster:
             budget = settings.kv_memory_bytes or int(answer.free_bytes * KV_SHARE / world)
             fitting.append(budget // len(self.models) // max(1, answer.kv_block_bytes))
         blocks = min(most_useful, *fitting)
-        if blocks * BLOCK_TOKENS < model.max_model_len:
-            largest = max(answer.kv_block_bytes for answer in loaded)
-            need = -(-model.max_model_len // BLOCK_TOKENS) * largest * len(self.models)
+        if blocks < 1:
             raise TpserveError(
-                f"{model.name}: the KV cache has room for {blocks * BLOCK_TOKENS} tokens, less than "
-                f"one sequence of {model.max_model_len}: lower --max-model-len, or give at least "
-                f"--kv-memory {-(-need // (1 << 20))}M"
+                f"{model.name}: the KV cache has no room for a single block of {BLOCK_TOKENS} tokens: "
+                f"give more --kv-memory, or load fewer models"
+            )
+        if blocks * BLOCK_TOKENS < model.max_model_len:
+            log.warning(
+                "%s: the KV cache holds %d tokens, so no sequence can be longer, though the model "
+                "allows %d: more --kv-memory would help",
+                model.name,
+                blocks * BLOCK_TOKENS,
+                model.max_model_len,
             )
         return blocks
 

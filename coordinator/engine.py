@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import zmq
 
 from coordinator.cluster import Cluster
-from coordinator.frontend import Frontend
-from coordinator.intake import Intake, test_sequence
+from coordinator.frontend import Frontend, failed
+from coordinator.intake import Intake, test_job
+from coordinator.job import Job
 from coordinator.jobs import refuse_if_full
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sequence
@@ -35,8 +36,6 @@ from shared.messages import (
     Cancel,
     Cancelled,
     Event,
-    Failed,
-    FinishReason,
     Generate,
     GetHealth,
     GetStatus,
@@ -54,13 +53,11 @@ from shared.messages import (
 
 log = logging.getLogger("coordinator.engine")
 
-PIPELINE_DEPTH = 2
-"""Plans that may be with the workers: one that runs, and one that waits for it to end."""
 MAX_RESTARTS_PER_MINUTE = 5
 _TICK_MS = 500
 _REPORT_INTERVAL_S = 1.0
 _NOBODY = b""
-"""The client of the engine's own test sequences."""
+"""The client of the engine's own test jobs."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class SentStep:
     """A plan whose result has not come back."""
 
     step: int
-    scheduler: Scheduler
+    model: ServedModel
     sampled: list[Sequence]
     sent_at: float
 
@@ -91,7 +88,8 @@ class Engine:
         self._frontend = frontend
         self._intake = Intake(models)
         self._preparing: set[tuple[bytes, str]] = set()
-        self._sequences: dict[tuple[bytes, str], Sequence] = {}
+        self._jobs: dict[tuple[bytes, str], Job] = {}
+        self._finished_at: deque[float] = deque(maxlen=64)
         self._sent: deque[SentStep] = deque()
         self._turns = deque(models)
         self._untested: set[str] = set()
@@ -159,12 +157,13 @@ class Engine:
 
     def _submit(self, client: bytes, request: Generate) -> None:
         key = (client, request.id)
-        if key in self._preparing or key in self._sequences:
+        if key in self._preparing or key in self._jobs:
             raise InvalidRequestError(f"a job with the id {request.id!r} is under way already")
         if not self.ready:
             raise NotReadyError("the workers are being started: try again in a moment")
-        waiting = sum(len(model.queue) for model in self.models.values())
-        refuse_if_full(waiting + len(self._preparing), self.settings.queue_limit)
+        waiting = sum(len(model.queue) for model in self.models.values()) + len(self._preparing)
+        limit, retry = self.settings.queue_limit, self._retry_after_s()
+        refuse_if_full(waiting, limit, "jobs", "--queue-limit", retry)
         self._intake.submit(client, request)
         self._preparing.add(key)
 
@@ -174,31 +173,44 @@ class Engine:
             if key not in self._preparing:
                 continue  # cancelled or failed in the meantime
             self._preparing.remove(key)
-            if isinstance(prepared.outcome, TpserveError):
-                self._frontend.refuse(*key, prepared.outcome)
-                continue
-            sequence = prepared.outcome
-            self._sequences[key] = sequence
-            position = self.models[sequence.model].queue.add(sequence)
-            self._stream(sequence, Queued(id=sequence.request_id, position=position))
+            try:
+                if isinstance(prepared.outcome, TpserveError):
+                    raise prepared.outcome
+                self._enqueue(prepared.outcome)
+            except TpserveError as error:
+                self._frontend.refuse(*key, error)
+
+    def _enqueue(self, job: Job) -> None:
+        tokens = sum(model.queue.tokens for model in self.models.values())
+        limit, retry = self.settings.queue_tokens, self._retry_after_s()
+        refuse_if_full(tokens, limit, "prompt tokens", "--queue-tokens", retry)
+        self._jobs[job.key] = job
+        position = self.models[job.model].queue.add(job)
+        self._stream(job, Queued(id=job.id, position=position))
+
+    def _retry_after_s(self) -> float:
+        """When a place in the queue may be free: the time between jobs that finished lately."""
+        if len(self._finished_at) < 2:
+            return 1.0
+        spent = time.monotonic() - self._finished_at[0]
+        return min(60.0, max(1.0, spent / len(self._finished_at)))
 
     def _cancel(self, client: bytes, request: Cancel) -> None:
         key = (client, request.job)
         if key in self._preparing:
             self._preparing.remove(key)
             self._publish(client, Cancelled(id=request.job))
-        elif (sequence := self._sequences.get(key)) is not None:
-            self._end(sequence)
-            new = sequence.tokens[sequence.prompt_tokens :]
-            self._publish(client, Cancelled(id=request.job, text=sequence.text, token_ids=new))
+        elif (job := self._jobs.get(key)) is not None:
+            self._end(job)
+            self._publish(client, job.cancelled())
         else:
             raise JobNotFoundError(f"no job with the id {request.job!r} is under way")
         self._publish(client, Cancelled(id=request.id))
 
-    def _stream(self, sequence: Sequence, event: Event) -> None:
+    def _stream(self, job: Job, event: Event) -> None:
         """Send an event that only streaming clients want."""
-        if sequence.stream:
-            self._publish(sequence.client, event)
+        if job.request.stream:
+            self._publish(job.client, event)
 
     def _publish(self, client: bytes, event: Event) -> None:
         if client is not _NOBODY and not self._frontend.send(client, event):
@@ -207,12 +219,12 @@ class Engine:
     def _drop(self, client: bytes) -> None:
         """A client is gone or does not read: its jobs end."""
         slow = not self._frontend.last_client_gone
-        dropped = [s for s in self._sequences.values() if s.client == client]
-        for sequence in dropped:
-            self._end(sequence)
+        dropped = [job for job in self._jobs.values() if job.client == client]
+        for job in dropped:
+            self._end(job)
             if slow:
                 error = SlowReaderError("too many events wait to be read: the job was ended")
-                self._frontend.send_when_possible(client, _failed(sequence.request_id, error))
+                self._frontend.send_when_possible(client, failed(job.id, error))
         self._preparing = {key for key in self._preparing if key[0] != client}
         if dropped:
             why = "does not read" if slow else "went away"
@@ -225,49 +237,56 @@ class Engine:
             return
         self._next_report = now + _REPORT_INTERVAL_S
         self._frontend.send_owed()
-        silent = [(s, None) for s in self._sequences.values() if s.slot >= 0 and not s.stream]
+        silent = [(j, None) for j in self._jobs.values() if j.started_at and not j.request.stream]
         waiting = [item for model in self.models.values() for item in model.queue.positions()]
-        for sequence, position in [*silent, *waiting]:
-            if not sequence.finished:
-                count = sequence.new_tokens
-                event = Progress(id=sequence.request_id, position=position, new_tokens=count)
-                self._publish(sequence.client, event)
+        for job, position in [*silent, *waiting]:
+            new = sum(sequence.new_tokens for sequence in job.sequences)
+            event = Progress(id=job.id, position=position, new_tokens=new)
+            if job.key in self._jobs:  # its client has not turned out to be gone
+                self._publish(job.client, event)
 
-    def _end(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.key]
-        scheduler = self.models[sequence.model].scheduler
-        assert scheduler is not None, "sequences exist only while models are loaded"
-        scheduler.end(sequence)
+    def _end(self, job: Job) -> None:
+        """Forget a job that is done, failed or cancelled; what it holds is given back."""
+        del self._jobs[job.key]
+        model = self.models[job.model]
+        if not job.started_at:
+            model.queue.remove(job)
+            return
+        assert model.scheduler is not None, "jobs start only while their model is loaded"
+        for sequence in job.sequences:
+            if not sequence.finished:
+                model.scheduler.end(sequence)
 
     # --- steps ------------------------------------------------------------------------------------
 
     def _plan_ahead(self) -> None:
         """Keep the workers supplied: models that have work take turns."""
         idle = 0
-        while len(self._sent) < PIPELINE_DEPTH and idle < len(self._turns):
-            name = self._turns[0]
+        while len(self._sent) < self.settings.pipeline_depth and idle < len(self._turns):
+            model = self.models[self._turns[0]]
             self._turns.rotate(-1)
-            scheduler = self.models[name].scheduler
-            planned = scheduler.plan() if scheduler is not None else None
-            if scheduler is None or planned is None:
+            planned = model.scheduler.plan() if model.scheduler is not None else None
+            if planned is None:
                 idle += 1
                 continue
             idle = 0
             self.counters.steps += 1
             now = time.monotonic()
-            for sequence in planned.started:
-                sequence.started_at = now
-                count = sequence.prompt_tokens
-                self._stream(
-                    sequence, Started(id=sequence.request_id, model=name, prompt_tokens=count)
-                )
-            self._sent.append(SentStep(self.counters.steps, scheduler, planned.sampled, now))
+            for job in planned.started:
+                job.started_at = now
+                count = job.prompt_tokens
+                self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=count))
+                for sequence in job.sequences if job.request.params.echo else ():
+                    prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)
+                    self._stream(job, prompt)
+            self._sent.append(SentStep(self.counters.steps, model, planned.sampled, now))
             self.cluster.send_plan(
                 StepPlan(
                     epoch=self.cluster.epoch,
                     step=self.counters.steps,
-                    model=name,
+                    model=model.name,
                     sequences=planned.sequences,
+                    copies=planned.copies,
                 )
             )
 
@@ -286,40 +305,50 @@ class Engine:
                 self._start_scheduling()
         oldest = self._sent[0].sent_at if self._sent else time.monotonic()
         silent_s = time.monotonic() - oldest
-        if silent_s > self.settings.step_timeout * PIPELINE_DEPTH:
+        if silent_s > self.settings.step_timeout * self.settings.pipeline_depth:
             self._workers_failed(WorkerLostError(f"no result came for {silent_s:.0f} s"))
 
     def _commit(self, result: StepResult) -> None:
         sent = self._sent.popleft()
         assert sent.step == result.step, "workers answer in order"
-        for sequence, token in zip(sent.sampled, result.tokens, strict=True):
+        logprobs = result.logprobs or [None] * len(result.tokens)
+        for sequence, token, logprob in zip(sent.sampled, result.tokens, logprobs, strict=True):
             if sequence.finished:
                 continue  # it ended while this step was under way
+            job = self._jobs[sequence.job_key]
             if token < 0:
-                self._fail(sequence, TpserveError("the model computed values that are not numbers"))
+                self._fail(job, TpserveError("the model computed values that are not numbers"))
                 continue
-            reason = sequence.append(token)
+            text = sequence.append(token)
             self.counters.tokens += 1
-            text = "" if token in sequence.eos_ids else sequence.detokenizer.push(token)
-            if reason is not None:
-                text += sequence.detokenizer.flush()
-            sequence.text += text
-            self._stream(sequence, Token(id=sequence.request_id, text=text, token_ids=[token]))
-            if reason is not None and not sequence.finished:
-                self._finish(sequence, reason)
+            details = []
+            if logprob is not None:
+                details = [sent.model.text.describe(token, logprob)]
+                sequence.logprobs += details
+            event = Token(
+                id=job.id, text=text, token_ids=[token], index=sequence.index, logprobs=details
+            )
+            self._stream(job, event)
+            if sequence.finish_reason is not None and not sequence.finished:
+                self._finish(job, sequence, sent.model)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._end(sequence)
-        if sequence.client is _NOBODY:
-            self._passed_test(sequence.model)
+    def _finish(self, job: Job, sequence: Sequence, model: ServedModel) -> None:
+        assert model.scheduler is not None, "it has just computed"
+        model.scheduler.end(sequence)
+        if not job.finished:
             return
-        self._publish(sequence.client, sequence.done(reason))
+        del self._jobs[job.key]
+        self._finished_at.append(time.monotonic())
+        if job.client is _NOBODY:
+            self._passed_test(job.model)
+        else:
+            self._publish(job.client, job.done())
 
-    def _fail(self, sequence: Sequence, error: TpserveError) -> None:
-        self._end(sequence)
-        if sequence.client is _NOBODY:
-            raise TpserveError(f"model {sequence.model}: {error.message}")
-        self._publish(sequence.client, _failed(sequence.request_id, error))
+    def _fail(self, job: Job, error: TpserveError) -> None:
+        self._end(job)
+        if job.client is _NOBODY:
+            raise TpserveError(f"model {job.model}: {error.message}")
+        self._publish(job.client, failed(job.id, error))
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -349,8 +378,8 @@ class Engine:
                 slots=self.settings.max_num_seqs,
                 max_batched_tokens=self.settings.max_batched_tokens,
             )
-            test = test_sequence(_NOBODY, model)
-            self._sequences[test.key] = test
+            test = test_job(_NOBODY, model)
+            self._jobs[test.key] = test
             model.queue.add(test)
 
     def _passed_test(self, model: str) -> None:
@@ -381,16 +410,12 @@ class Engine:
 
     def _fail_all(self, error: TpserveError) -> None:
         """No job survives: each of them ends in a failed event."""
-        waiting = [*self._preparing, *(k for k in self._sequences if k[0] is not _NOBODY)]
-        for sequence in list(self._sequences.values()):
-            self._end(sequence)
+        waiting = [*self._preparing, *(key for key in self._jobs if key[0] is not _NOBODY)]
+        for job in list(self._jobs.values()):
+            self._end(job)
         self._preparing.clear()
         self._sent.clear()
         for model in self.models.values():
             model.scheduler = None
         for client, request_id in waiting:
-            self._frontend.send(client, _failed(request_id, error))
-
-
-def _failed(request_id: str, error: TpserveError) -> Failed:
-    return Failed(id=request_id, code=error.code, message=error.message)
+            self._frontend.send(client, failed(request_id, error))

@@ -73,8 +73,18 @@ class Frontend:
     def refuse(self, client: bytes, request_id: str, error: TpserveError) -> None:
         """Answer a request with an error."""
         log.info("refused request %r: %s", request_id, error.message)
-        self.send(client, Failed(id=request_id, code=error.code, message=error.message))
+        self.send(client, failed(request_id, error))
 
     def close(self) -> None:
         """Unbind; what was sent still has a moment to leave."""
         self.socket.close(linger=500)
+
+
+def failed(request_id: str, error: TpserveError) -> Failed:
+    """The event that tells a client of an error."""
+    return Failed(
+        id=request_id,
+        code=error.code,
+        message=error.message,
+        retry_after_s=error.retry_after_s,
+    )

@@ -1,4 +1,4 @@
-"""From a request to a sequence that can be scheduled: resolve the model, tokenise, check limits.
+"""From a request to a job that can be scheduled: resolve the model, tokenise, check limits.
 
 Templates and tokenisers take their time with long texts, so this runs off the engine's thread, in the
 order in which the requests came.
@@ -8,23 +8,30 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from coordinator.job import Job
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
-from shared.errors import ContextLengthError, ModelNotFoundError, TpserveError
+from coordinator.text import StopStrings
+from shared.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TpserveError,
+)
 from shared.messages import Generate, Sampling, SamplingParams
-from shared.model_config import GenerationDefaults
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A finished preparation: the sequence, or why there is none."""
+    """A finished preparation: the job, or why there is none."""
 
     client: bytes
     request_id: str
-    outcome: Sequence | TpserveError
+    outcome: Job | TpserveError
 
 
 class Intake:
@@ -62,7 +69,7 @@ class Intake:
         return self._models[name]
 
     def _run(self, client: bytes, request: Generate, model: ServedModel) -> None:
-        outcome: Sequence | TpserveError
+        outcome: Job | TpserveError
         try:
             outcome = prepare(client, request, model)
         except TpserveError as error:
@@ -73,63 +80,103 @@ class Intake:
         os.eventfd_write(self.wake_fd, 1)
 
 
-def prepare(client: bytes, request: Generate, model: ServedModel) -> Sequence:
+def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
     """Tokenise and check a request. Raises ContextLengthError, InvalidRequestError."""
+    params = request.params
     if request.messages is not None:
         tokens = model.text.encode_chat(request.messages)
     else:
         tokens = model.text.encode_story(request.prompt or "")
     room = model.max_model_len - len(tokens)
-    wanted = request.params.max_tokens
     if room < 1:
         raise ContextLengthError(
             f"the prompt has {len(tokens)} tokens; model {model.name!r} holds "
             f"{model.max_model_len} and needs room for at least 1 new one: shorten the prompt"
         )
-    if wanted is not None and wanted > room:
+    if params.max_tokens is not None and params.max_tokens > room:
         raise ContextLengthError(
-            f"the prompt has {len(tokens)} tokens and max_tokens is {wanted}, together "
-            f"{len(tokens) + wanted}; model {model.name!r} holds {model.max_model_len}: "
+            f"the prompt has {len(tokens)} tokens and max_tokens is {params.max_tokens}, together "
+            f"{len(tokens) + params.max_tokens}; model {model.name!r} holds {model.max_model_len}: "
             f"ask for at most {room}"
         )
-    return Sequence(
-        client=client,
-        request_id=request.id,
-        kind=request.kind,
-        model=model.name,
-        stream=request.stream,
-        tokens=tokens,
-        prompt_tokens=len(tokens),
-        max_new_tokens=wanted or room,
-        eos_ids=frozenset(model.config.eos_ids),
-        sampling=resolve(request.params, model.defaults),
-        detokenizer=model.text.detokenizer(tokens),
-    )
+    _check_ids(params, model.config.vocab_size)
+    max_new = params.max_tokens or room
+    if params.min_tokens > max_new:
+        raise InvalidRequestError(
+            f"min_tokens is {params.min_tokens}, more than the {max_new} tokens that may come"
+        )
+    seed = secrets.randbits(63) if params.seed is None else params.seed
+    job = Job(client, request, model.name, [])
+    for index in range(params.n):
+        sequence = new_sequence(model, tokens, max_new, job.key)
+        sequence.index = index
+        sequence.leader = job.sequences[0] if index else None
+        sequence.min_new_tokens = params.min_tokens
+        sequence.stop_strings = StopStrings(params.stop)
+        ends = () if params.ignore_eos else model.config.eos_ids
+        sequence.end_ids = frozenset((*ends, *params.stop_token_ids))
+        sequence.sampling = resolve(params, model, seed + index, len(tokens), sequence.end_ids)
+        if params.echo:
+            sequence.text = request.prompt or ""
+        job.sequences.append(sequence)
+    return job
 
 
-def test_sequence(client: bytes, model: ServedModel) -> Sequence:
+def test_job(client: bytes, model: ServedModel) -> Job:
     """One token after the model's begin token: shows that all workers compute."""
-    tokens = [model.config.bos_id or 0]
+    request = Generate(id=model.name, kind="story", prompt="", stream=False)
+    job = Job(client, request, model.name, [])
+    job.sequences.append(new_sequence(model, [model.config.bos_id or 0], 1, job.key))
+    return job
+
+
+def new_sequence(
+    model: ServedModel, tokens: list[int], max_new_tokens: int, job_key: tuple[bytes, str]
+) -> Sequence:
+    """A greedy sequence without any wishes."""
     return Sequence(
-        client=client,
-        request_id=model.name,
-        kind="story",
-        model=model.name,
-        stream=False,
-        tokens=tokens,
-        prompt_tokens=1,
-        max_new_tokens=1,
-        eos_ids=frozenset(),
+        job_key=job_key,
+        tokens=list(tokens),
+        prompt_tokens=len(tokens),
+        max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0),
         detokenizer=model.text.detokenizer(tokens),
+        root_digest=model.root_digest,
     )
 
 
-def resolve(params: SamplingParams, defaults: GenerationDefaults) -> Sampling:
-    """Fill in what the client left open."""
+def resolve(
+    params: SamplingParams,
+    model: ServedModel,
+    seed: int,
+    prompt_tokens: int,
+    ends: AbstractSet[int],
+) -> Sampling:
+    """What the workers are told: the model's defaults fill in what the client left open."""
+    defaults = model.defaults
     return Sampling(
         temperature=defaults.temperature if params.temperature is None else params.temperature,
         top_k=defaults.top_k if params.top_k is None else params.top_k,
         top_p=defaults.top_p if params.top_p is None else params.top_p,
-        seed=secrets.randbits(63) if params.seed is None else params.seed,
+        seed=seed % (1 << 63),
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        banned=sorted(ends) if params.min_tokens else [],
+        banned_before=prompt_tokens + params.min_tokens if params.min_tokens else 0,
+        logprobs=-1 if params.logprobs is None else params.logprobs,
     )
+
+
+def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+    for name, ids in (
+        ("logit_bias", params.logit_bias.keys()),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        for token in ids:
+            if token >= vocab_size:
+                raise InvalidRequestError(
+                    f"{name} has token id {token}, but the vocabulary ends at {vocab_size - 1}"
+                )

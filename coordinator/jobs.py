@@ -1,67 +1,112 @@
-"""The bounded queue of jobs that wait to start: first come, first served within a kind.
+"""The queue of jobs that wait to start, and in which order they do.
 
-The two kinds take turns, so that many waiting stories do not keep a chat waiting, or the reverse.
+A lower priority number goes first. Within it the two kinds take turns by weight, within a kind the
+clients take turns, and a client's jobs of a kind start in the order in which they came. So neither
+many stories nor one busy client keep the others waiting.
 """
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 
-from coordinator.sequence import Sequence
+from coordinator.job import Job
 from shared.errors import QueueFullError
 from shared.messages import Kind
 
+KINDS: tuple[Kind, ...] = ("story", "chat")
+
 
 class JobQueue:
-    """Waiting sequences of one model."""
+    """Waiting jobs of one model."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[Kind, deque[Sequence]] = {"story": deque(), "chat": deque()}
-        self._turn: Kind = "story"
+    def __init__(self, weights: Mapping[Kind, int]) -> None:
+        """`weights`: how many jobs of each kind start in one round."""
+        self._weights = dict(weights)
+        self._credit = dict.fromkeys(KINDS, 0)
+        # priority -> kind -> client -> jobs; empty ones are removed.
+        self._waiting: dict[int, dict[Kind, dict[bytes, deque[Job]]]] = {}
+        self._count = dict.fromkeys(KINDS, 0)
+        self.tokens = 0
+        """Prompt tokens of all waiting jobs."""
+        self._next: Job | None = None
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._waiting.values())
+        return sum(self._count.values())
 
     def count(self, kind: Kind) -> int:
         """Waiting jobs of one kind."""
-        return len(self._waiting[kind])
+        return self._count[kind]
 
-    def add(self, sequence: Sequence) -> int:
+    def add(self, job: Job) -> int:
         """Queue a job; how many of its kind stand before it."""
-        queue = self._waiting[sequence.kind]
-        queue.append(sequence)
-        return len(queue) - 1
+        kinds = self._waiting.setdefault(job.request.priority, {})
+        clients = kinds.setdefault(job.request.kind, {})
+        clients.setdefault(job.client, deque()).append(job)
+        self._account(job, 1)
+        return next(position for other, position in self.positions() if other is job)
 
-    def peek(self) -> Sequence | None:
+    def peek(self) -> Job | None:
         """The job whose turn it is."""
-        other: Kind = "chat" if self._turn == "story" else "story"
-        for kind in (self._turn, other):
-            if self._waiting[kind]:
-                return self._waiting[kind][0]
-        return None
+        if self._next is None and self._waiting:
+            kinds = self._waiting[min(self._waiting)]
+            clients = kinds[self._kind_to_serve(kinds)]
+            self._next = next(iter(clients.values()))[0]
+        return self._next
 
-    def pop(self) -> Sequence:
-        """Take the job that `peek` showed; the other kind has the next turn."""
-        sequence = self.peek()
-        assert sequence is not None, "pop follows a successful peek"
-        self._waiting[sequence.kind].popleft()
-        self._turn = "chat" if sequence.kind == "story" else "story"
-        return sequence
+    def pop(self) -> Job:
+        """Take the job that `peek` showed."""
+        job = self.peek()
+        assert job is not None, "pop follows a successful peek"
+        kinds = self._waiting[job.request.priority]
+        kind = self._kind_to_serve(kinds)
+        # Smooth weighted round-robin: who is served pays what all present kinds have earned.
+        for present in kinds:
+            self._credit[present] += self._weights[present]
+        self._credit[kind] -= sum(self._weights[present] for present in kinds)
+        clients = kinds[kind]
+        self.remove(job)
+        if job.client in clients:  # it has more: to the end of the clients' round
+            clients[job.client] = clients.pop(job.client)
+        return job
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take out a job that was cancelled while it waited."""
-        self._waiting[sequence.kind].remove(sequence)
+    def remove(self, job: Job) -> None:
+        """Take out a job, wherever it stands."""
+        kinds = self._waiting[job.request.priority]
+        clients = kinds[job.request.kind]
+        clients[job.client].remove(job)
+        if not clients[job.client]:
+            del clients[job.client]
+        if not clients:
+            del kinds[job.request.kind]
+        if not kinds:
+            del self._waiting[job.request.priority]
+        self._account(job, -1)
 
-    def positions(self) -> list[tuple[Sequence, int]]:
-        """All waiting jobs, each with how many of its kind stand before it."""
-        return [(s, i) for queue in self._waiting.values() for i, s in enumerate(queue)]
+    def positions(self) -> Iterator[tuple[Job, int]]:
+        """All waiting jobs, each with how many of its kind will start before it."""
+        before = dict.fromkeys(KINDS, 0)
+        for priority in sorted(self._waiting):
+            for kind, clients in self._waiting[priority].items():
+                for turn in range(max(len(jobs) for jobs in clients.values())):
+                    for jobs in clients.values():
+                        if turn < len(jobs):
+                            yield jobs[turn], before[kind]
+                            before[kind] += 1
 
-    def waiting(self) -> list[Sequence]:
-        """All of them."""
-        return [s for queue in self._waiting.values() for s in queue]
+    def _kind_to_serve(self, kinds: Mapping[Kind, object]) -> Kind:
+        return max(kinds, key=lambda kind: self._credit[kind] + self._weights[kind])
+
+    def _account(self, job: Job, sign: int) -> None:
+        self._count[job.request.kind] += sign
+        self.tokens += sign * job.prompt_tokens
+        self._next = None
 
 
-def refuse_if_full(waiting: int, limit: int) -> None:
+def refuse_if_full(waiting: int, limit: int, what: str, flag: str, retry_after_s: float) -> None:
     """Raises QueueFullError when no further job may wait."""
     if waiting >= limit:
-        raise QueueFullError(
-            f"{waiting} jobs are waiting, the limit is {limit} (--queue-limit): try again later"
+        error = QueueFullError(
+            f"{waiting} {what} are waiting, the limit is {limit} ({flag}): "
+            f"try again in {retry_after_s:.0f} s"
         )
+        error.retry_after_s = retry_after_s
+        raise error

@@ -58,6 +58,10 @@ class BlockPool:
         """The block with this content, if there is one. It is not taken yet: see `share`."""
         return self._block_of.get(digest)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one sequence holds `block`: nobody may write to it."""
+        return self._users[block] > 1
+
     def is_idle(self, block: int) -> bool:
         """Whether nobody holds `block`: sharing it takes one from `available`."""
         return block in self._idle

@@ -6,12 +6,14 @@ plan that fills it has been made.
 """
 
 from collections import deque
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from coordinator.job import Job
 from coordinator.jobs import JobQueue
 from coordinator.kv_blocks import BLOCK_TOKENS, BlockPool
 from coordinator.sequence import Sequence
-from shared.messages import SequenceStep
+from shared.messages import BlockCopy, SequenceStep
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,11 @@ class PlannedStep:
     """What goes to the workers, and who gets the tokens that come back, in order."""
 
     sequences: list[SequenceStep]
+    copies: list[BlockCopy]
+    """To be made before the step."""
     sampled: list[Sequence]
-    started: list[Sequence]
-    """Sequences that run for the first time."""
+    started: list[Job]
+    """Jobs that run for the first time."""
 
 
 class Scheduler:
@@ -31,7 +35,9 @@ class Scheduler:
         self.queue = queue
         self.pool = BlockPool(blocks)
         self.running: list[Sequence] = []  # oldest first
-        self._preempted: deque[Sequence] = deque()  # oldest first
+        self._returning: deque[Sequence] = deque()
+        """Preempted ones, oldest first, and answers of started jobs that wait for the prompt's KV."""
+        self._copies: list[BlockCopy] = []
         self._free_slots = list(range(slots))
         self._max_batched_tokens = max_batched_tokens
 
@@ -44,6 +50,7 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now."""
         budget = self._max_batched_tokens
         chunks: list[tuple[Sequence, int]] = []
+        readers = {s for s in self.running if s.computed < s.prompt_tokens}
         short = False
         # Sequences that write come before those that still read their prompt: a long prompt must
         # not make them wait.
@@ -57,68 +64,92 @@ class Scheduler:
         # Who was preempted, perhaps after it had been given a chunk, does not run.
         chunks = [(s, n) for s, n in chunks if s.slot >= 0]
         steps = [self._step(sequence, count) for sequence, count in chunks]
-        started = []
+        started: list[Job] = []
         # While memory is short nobody new comes in, least of all who has just been preempted.
-        while budget and not short and (waiting := self._next_waiting()) is not None:
-            count = self._admit(waiting, budget)
-            if count == 0:
+        while budget and not short and self._free_slots:
+            waiting, job = self._next_waiting(readers)
+            count = self._admit(waiting, budget) if waiting is not None else 0
+            if waiting is None or count == 0:
                 break
-            if not waiting.started_at:
-                started.append(waiting)
+            if job is None:
+                self._returning.remove(waiting)
+            else:
+                self.queue.pop()
+                self._returning.extend(job.sequences[1:])
+                started.append(job)
+            readers.add(waiting)  # what it reads is in the cache from the next step on
             chunks.append((waiting, count))
             steps.append(self._step(waiting, count))  # at once: the next one may share its blocks
             budget -= count
         if not steps:
             return None
+        copies, self._copies = self._copies, []
         sampled = [s for (s, _), step in zip(chunks, steps, strict=True) if step.sampling]
-        return PlannedStep(steps, sampled, started)
+        return PlannedStep(steps, copies, sampled, started)
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence is done, failed or cancelled, wherever it is: give back all it holds."""
+        """A sequence of a started job is done, failed or cancelled: give back all it holds."""
         sequence.finished = True
         if sequence.slot >= 0:
             self.running.remove(sequence)
             self._give_back(sequence)
-        elif sequence in self._preempted:
-            self._preempted.remove(sequence)
         else:
-            self.queue.remove(sequence)
+            self._returning.remove(sequence)
 
-    def everyone(self) -> list[Sequence]:
-        """All sequences that have not ended."""
-        return [*self.running, *self._preempted, *self.queue.waiting()]
+    def _next_waiting(self, readers: AbstractSet[Sequence]) -> tuple[Sequence | None, Job | None]:
+        """Who may start now, and its job if that has not started yet.
 
-    def _next_waiting(self) -> Sequence | None:
-        if not self._free_slots:
-            return None
-        if self._preempted:
+        `readers` still read their prompt: those who want to share it wait.
+        """
+        for sequence in self._returning:
             # Its last token must be known before its history can be computed again.
-            return self._preempted[0] if self._preempted[0].in_flight == 0 else None
-        return self.queue.peek()
+            if sequence.in_flight == 0 and sequence.leader not in readers:
+                return sequence, None
+        job = None if self._returning else self.queue.peek()
+        return (job.sequences[0], job) if job is not None else (None, None)
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Start a waiting sequence if its first chunk fits; how many tokens that chunk has."""
-        found = self._cached_prefix(sequence)
-        cached = len(found) * BLOCK_TOKENS
+        """Start a waiting sequence if there is room; how many tokens its first chunk has."""
+        found, cached = self._found_blocks(sequence)
         count = min(len(sequence.tokens) - cached, budget)
-        fresh = -(-(cached + count) // BLOCK_TOKENS) - len(found)
-        # Room for the whole prompt is asked for, though only the first chunk's is taken.
+        # Room for the whole prompt is asked for, though only the first chunk's is taken; and for
+        # the copy of a found block that will be written to.
         whole = len(sequence.tokens) // BLOCK_TOKENS + 1 - len(found)
+        whole += cached < len(found) * BLOCK_TOKENS
         if whole + sum(self.pool.is_idle(block) for block in found) > self.pool.available:
             return 0
-        if self._preempted:
-            self._preempted.popleft()
-        else:
-            self.queue.pop()
-            sequence.cached_tokens = cached
         for block in found:
             self.pool.share(block)
+        fresh = -(-(cached + count) // BLOCK_TOKENS) - len(found)
         sequence.blocks.extend(found)
         sequence.blocks.extend(self.pool.take() for _ in range(fresh))
         sequence.computed = cached
-        sequence.slot = self._free_slots.pop()
+        sequence.slot, sequence.fresh_in_slot = self._free_slots.pop(), True
+        if not sequence.new_tokens:
+            sequence.cached_tokens = cached
         self.running.append(sequence)
+        self._own(sequence, cached // BLOCK_TOKENS)
         return count
+
+    def _own(self, sequence: Sequence, index: int) -> None:
+        """Copy on write: before block number `index` is written to, nobody else may hold it."""
+        block = sequence.blocks[index]
+        if self.pool.is_shared(block):
+            sequence.blocks[index] = self.pool.take()
+            self._copies.append(BlockCopy(block, sequence.blocks[index]))
+            self.pool.release([block])
+
+    def _found_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Blocks that hold the beginning of a sequence, and how many of its tokens they spare.
+
+        At least one token is left to compute, for its logits.
+        """
+        leader = sequence.leader
+        if leader is not None and leader.slot >= 0 and not sequence.new_tokens:
+            blocks = leader.blocks[: -(-leader.prompt_tokens // BLOCK_TOKENS)]
+            return list(blocks), sequence.prompt_tokens - 1
+        found = self._cached_prefix(sequence)
+        return found, len(found) * BLOCK_TOKENS
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the beginning of the sequence; at least one token is left to compute."""
@@ -149,7 +180,7 @@ class Scheduler:
         """Stop a sequence for now; it is computed again later, and its tokens stay the same."""
         self.running.remove(sequence)
         self._give_back(sequence)
-        self._preempted.appendleft(sequence)
+        self._returning.appendleft(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
@@ -168,7 +199,11 @@ class Scheduler:
             tokens=sequence.tokens[start:end] if known else [],
             blocks=sequence.blocks.tobytes(),
             sampling=sequence.sampling if samples else None,
+            history=sequence.history()
+            if sequence.fresh_in_slot and sequence.sampling.penalises
+            else None,
         )
+        sequence.fresh_in_slot = False
         sequence.computed = end
         sequence.in_flight += samples
         self._publish(sequence)

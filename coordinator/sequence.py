@@ -1,34 +1,45 @@
-"""One request's life: its tokens, KV blocks, state and times."""
+"""One answer while it is generated: its tokens, KV blocks, text, and where it stands."""
 
 import time
 from array import array
 from dataclasses import dataclass, field
 
 from coordinator.kv_blocks import BLOCK_TOKENS, chain_digest
-from coordinator.text import Detokenizer
-from shared.messages import Done, FinishReason, Kind, Sampling, Timings, Usage
+from coordinator.text import Detokenizer, StopStrings
+from shared.messages import Choice, FinishReason, History, Sampling, TokenLogprob
 
 
 @dataclass(eq=False)
 class Sequence:
     """A prompt and what has been generated after it."""
 
-    client: bytes
-    """Routing id of the client's connection."""
-    request_id: str
-    kind: Kind
-    model: str
-    stream: bool
+    job_key: tuple[bytes, str]
+    """Of the job that it is an answer of."""
     tokens: list[int]
     """Prompt and all new tokens that are known."""
     prompt_tokens: int
     max_new_tokens: int
-    eos_ids: frozenset[int]
     sampling: Sampling
     detokenizer: Detokenizer
+    root_digest: bytes
+    """What KV depends on besides the tokens: the model and its precision."""
+    index: int = 0
+    """Which of its job's answers it is."""
+    leader: "Sequence | None" = None
+    """For all answers of a job but the first: the first one, whose KV blocks it shares."""
+    min_new_tokens: int = 0
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end it; they have no text."""
+    stop_strings: StopStrings = field(default_factory=StopStrings)
 
     text: str = ""
+    """What has been given out."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     finished: bool = False
+    """It has ended, well or not, and holds nothing any more."""
+
     slot: int = -1
     computed: int = 0
     """Positions whose KV is in the cache once the plans that were sent have run."""
@@ -41,16 +52,11 @@ class Sequence:
     """How many of its blocks can be found by others."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was found instead of computed."""
+    fresh_in_slot: bool = True
+    """No step of it has run in its slot yet."""
 
-    queued_at: float = field(default_factory=time.monotonic)
-    started_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
-
-    @property
-    def key(self) -> tuple[bytes, str]:
-        """What names a request: its connection and the id that the client chose."""
-        return self.client, self.request_id
 
     @property
     def new_tokens(self) -> int:
@@ -68,49 +74,49 @@ class Sequence:
         """Digest of full block number `block` and all before it; its tokens must be known."""
         while len(self.digests) <= block:
             start = len(self.digests) * BLOCK_TOKENS
-            parent = self.digests[-1] if self.digests else b""
+            parent = self.digests[-1] if self.digests else self.root_digest
             self.digests.append(chain_digest(parent, self.tokens[start : start + BLOCK_TOKENS]))
         return self.digests[block]
 
-    def append(self, token: int) -> FinishReason | None:
-        """Take a sampled token; why the sequence ends with it, or None."""
+    def history(self) -> History:
+        """The tokens so far, for the workers' penalties."""
+        prompt, output = self.tokens[: self.prompt_tokens], self.tokens[self.prompt_tokens :]
+        return History(array("i", prompt).tobytes(), array("i", output).tobytes())
+
+    def append(self, token: int) -> str:
+        """Take a sampled token; returns the text that it completes and may be given out.
+
+        Sets `finish_reason` when the sequence ends with it.
+        """
         self.in_flight -= 1
         self.tokens.append(token)
         self.last_token_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.last_token_at
-        if token in self.eos_ids:
-            return "stop"
-        return "length" if self.new_tokens >= self.max_new_tokens else None
+        may_stop = self.new_tokens >= self.min_new_tokens
+        if token in self.end_ids:
+            self.finish_reason, self.stop_reason = "stop", token
+            text = self.detokenizer.flush()
+        else:
+            text = self.detokenizer.push(token)
+            if self.new_tokens >= self.max_new_tokens:
+                self.finish_reason = "length"
+                text += self.detokenizer.flush()
+        given, found = self.stop_strings.push(text, may_stop)
+        if found is not None:
+            self.finish_reason, self.stop_reason = "stop", found
+        elif self.finish_reason is not None:
+            given += self.stop_strings.flush()
+        self.text += given
+        return given
 
-    def done(self, reason: FinishReason) -> Done:
-        """The event that ends a job well."""
-        return Done(
-            id=self.request_id,
+    def choice(self) -> Choice:
+        """The finished answer."""
+        assert self.finish_reason is not None, "asked for once it has ended"
+        return Choice(
+            index=self.index,
             text=self.text,
             token_ids=self.tokens[self.prompt_tokens :],
-            finish_reason=reason,
-            model=self.model,
-            usage=self.usage(),
-            timings=self.timings(),
-        )
-
-    def usage(self) -> Usage:
-        """Token counts so far."""
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.new_tokens,
-            total_tokens=len(self.tokens),
-            cached_tokens=self.cached_tokens,
-        )
-
-    def timings(self) -> Timings:
-        """Where the time went."""
-        prefill = max(self.first_token_at - self.started_at, 1e-9)
-        decode = self.last_token_at - self.first_token_at
-        return Timings(
-            queue_s=self.started_at - self.queued_at,
-            prefill_s=prefill,
-            decode_s=decode,
-            prefill_tokens_per_s=(self.prompt_tokens - self.cached_tokens) / prefill,
-            decode_tokens_per_s=(self.new_tokens - 1) / decode if decode > 0 else 0.0,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=self.logprobs,
         )

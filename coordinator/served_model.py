@@ -5,6 +5,7 @@ from pathlib import Path
 
 from coordinator.cluster import ModelOnWorkers
 from coordinator.jobs import JobQueue
+from coordinator.kv_blocks import BLOCK_TOKENS
 from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
@@ -33,8 +34,16 @@ class ServedModel:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt + answer, in tokens."""
-        return self.on_workers.max_model_len
+        """Longest prompt + answer, in tokens: what the model and the KV cache can hold."""
+        on_workers = self.on_workers
+        if on_workers.kv_blocks:
+            return min(on_workers.max_model_len, on_workers.kv_blocks * BLOCK_TOKENS)
+        return on_workers.max_model_len
+
+    @property
+    def root_digest(self) -> bytes:
+        """What the KV of a token depends on besides the tokens before it."""
+        return f"{self.name}|{self.on_workers.path}|{self.on_workers.dtype}".encode()
 
     def info(self) -> ModelInfo:
         """What clients are told."""
@@ -69,5 +78,5 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
             dtype=config.dtype if settings.dtype == "auto" else settings.dtype,
             max_model_len=min(limit, config.max_positions),
         ),
-        queue=JobQueue(),
+        queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),
     )

@@ -15,7 +15,7 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 
 from shared.errors import InvalidRequestError, ModelError
-from shared.messages import Message
+from shared.messages import Alternative, Message, TokenLogprob, TokenLogprobs
 from shared.model_config import ModelConfig
 
 CHATML = (
@@ -90,6 +90,20 @@ class TextModel:
             ) from None
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def describe(self, token: int, logprobs: TokenLogprobs) -> TokenLogprob:
+        """A token's log probabilities with the texts that the ids stand for."""
+        return TokenLogprob(
+            token_id=token,
+            text=self._token_text(token),
+            logprob=logprobs.chosen,
+            top=[Alternative(i, self._token_text(i), value) for i, value in logprobs.top],
+        )
+
+    def _token_text(self, token: int) -> str:
+        """A token by itself, for people; special tokens are shown."""
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
     def detokenizer(self, prompt_ids: Sequence[int]) -> "Detokenizer":
         """For the tokens that follow `prompt_ids`."""
         return Detokenizer(self._tokenizer, prompt_ids)
@@ -124,6 +138,43 @@ class Detokenizer:
         """What is left at the end, with a replacement character for an incomplete one."""
         text: str = self._tokenizer.decode(self._ids[self._context :])
         return text[len(self._before) :]
+
+
+class StopStrings:
+    """Finds the first of several texts in a stream, across token borders, and holds it back."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str, may_stop: bool) -> tuple[str, str | None]:
+        """What of the text so far may be given out, and the stop string found after it if any.
+
+        While `may_stop` is false nothing is looked for, and nothing held back.
+        """
+        if not self._stops or not may_stop:
+            held, self._held = self._held, ""
+            return held + text, None
+        text = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda item: item[0])
+            self._held = ""
+            return text[:at], stop
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def flush(self) -> str:
+        """What was held back for a stop string that did not come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that could be the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -67,7 +67,19 @@ class Settings(Struct, frozen=True, kw_only=True):
         str,
         Meta(description="KV cache of all models per worker, such as 2G; auto: a share of free"),
     ] = "auto"
+    pipeline_depth: Annotated[
+        int, Meta(ge=1, le=8, description="step plans sent ahead; 1: wait for each result")
+    ] = 2
     queue_limit: Annotated[int, Meta(ge=1, description="jobs that may wait")] = 1024
+    queue_tokens: Annotated[
+        int, Meta(ge=1, description="prompt tokens that may wait, over all jobs")
+    ] = 1 << 20
+    story_weight: Annotated[
+        int, Meta(ge=1, le=100, description="stories that start in a round with the chats")
+    ] = 1
+    chat_weight: Annotated[
+        int, Meta(ge=1, le=100, description="chats that start in a round with the stories")
+    ] = 1
     step_timeout: Annotated[
         float,
         Meta(gt=0, le=86400, description="seconds after which a silent worker counts as lost"),

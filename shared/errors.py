@@ -10,6 +10,8 @@ class TpserveError(Exception):
 
     code = "internal_error"
     http_status = 500
+    retry_after_s: float | None = None
+    """When the same request may succeed, where that can be estimated."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

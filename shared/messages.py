@@ -33,10 +33,15 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+TokenIdNumber = Annotated[int, Meta(ge=0, lt=1 << 24)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
 class SamplingParams(
     Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """How tokens are chosen. None means: the model's own default."""
+    """How tokens are chosen and when to stop. None means: the model's own default."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
     """New tokens at most; None: as many as the context holds."""
@@ -46,8 +51,34 @@ class SamplingParams(
     """Sample among the k most probable tokens only; 0: among all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Sample among the fewest most probable tokens whose probabilities add up to top_p."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Leave out tokens less probable than min_p times the most probable one."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     """Same request and seed, same tokens. None: a random one."""
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the answer."""
+    presence_penalty: Penalty = 0.0
+    """Taken off the logits of tokens that the answer already has."""
+    frequency_penalty: Penalty = 0.0
+    """The same, times how often it has them."""
+    logit_bias: Annotated[
+        dict[TokenIdNumber, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)
+    ] = {}
+    """Added to the logits of these token ids."""
+    stop: Annotated[list[StopString], Meta(max_length=16)] = []
+    """The answer ends before the first of these texts."""
+    stop_token_ids: Annotated[list[TokenIdNumber], Meta(max_length=64)] = []
+    """The answer ends with the first of these tokens."""
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    """No end before so many new tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's own end-of-text token."""
+    n: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Answers to the same prompt; with a seed, answer i uses seed + i."""
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """Report each token's log probability and those of so many most probable ones."""
+    echo: bool = False
+    """The text begins with the prompt; stories only."""
 
 
 class _Request(
@@ -73,8 +104,12 @@ class Generate(_Request, frozen=True, kw_only=True, tag="generate"):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
     params: SamplingParams = SamplingParams()
     stream: bool = True
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    """Jobs with a lower number start first."""
 
     def __post_init__(self) -> None:
+        if self.params.echo and self.kind != "story":
+            raise ValueError("echo needs kind 'story'")
         wanted, other = ("prompt", "messages") if self.kind == "story" else ("messages", "prompt")
         if getattr(self, wanted) is None:
             raise ValueError(f"kind {self.kind!r} needs {wanted!r}")
@@ -146,11 +181,30 @@ class Started(_Event, frozen=True, kw_only=True, tag="started"):
     prompt_tokens: int
 
 
-class Token(_Event, frozen=True, kw_only=True, tag="token"):
-    """New text; `text` may be empty while a character is incomplete."""
+class Alternative(Struct, frozen=True):
+    """A token that could have come, with the natural logarithm of its probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+class TokenLogprob(Struct, frozen=True):
+    """A token that came, and the most probable ones in its place, best first."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: list[Alternative]
+
+
+class Token(_Event, frozen=True, kw_only=True, tag="token", omit_defaults=True):
+    """New text of answer `index`; it may be empty while a character is incomplete."""
 
     text: str
     token_ids: list[int]
+    index: int = 0
+    logprobs: list[TokenLogprob] = []
 
 
 class Progress(_Event, frozen=True, kw_only=True, tag="progress"):
@@ -161,16 +215,41 @@ class Progress(_Event, frozen=True, kw_only=True, tag="progress"):
     new_tokens: int
 
 
-class Done(_Event, frozen=True, kw_only=True, tag="done"):
-    """The whole answer. `text` is what was generated, without the prompt."""
+class Choice(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One finished answer. `text` is what was generated, without the prompt unless it is echoed."""
 
+    index: int = 0
     text: str
     token_ids: list[int]
     """All new tokens, an end-of-text token included."""
     finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    """The stop string, or the id of the token, that ended it."""
+    logprobs: list[TokenLogprob] = []
+
+
+class Done(_Event, frozen=True, kw_only=True, tag="done"):
+    """All answers are finished."""
+
+    choices: list[Choice]
     model: str
     usage: Usage
     timings: Timings
+
+    @property
+    def text(self) -> str:
+        """Text of the first answer."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """New tokens of the first answer."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first answer ended."""
+        return self.choices[0].finish_reason
 
 
 class Failed(_Event, frozen=True, kw_only=True, tag="failed"):
@@ -178,13 +257,32 @@ class Failed(_Event, frozen=True, kw_only=True, tag="failed"):
 
     code: str
     message: str
+    retry_after_s: float | None = None
+    """For queue_full: when to try again."""
+
+
+class Partial(Struct, frozen=True):
+    """What there is of an answer that was cancelled."""
+
+    text: str
+    token_ids: list[int]
 
 
 class Cancelled(_Event, frozen=True, kw_only=True, tag="cancelled"):
     """The job was ended by `cancel`. Also the answer to the cancel request itself."""
 
-    text: str = ""
-    token_ids: list[int] = []
+    partial: list[Partial] = []
+    """By answer; empty if the job had not started."""
+
+    @property
+    def text(self) -> str:
+        """What there is of the first answer's text."""
+        return self.partial[0].text if self.partial else ""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What there is of the first answer's tokens."""
+        return self.partial[0].token_ids if self.partial else []
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -350,6 +448,13 @@ class SequenceStep(Struct, frozen=True, array_like=True):
     """Given with the first step of a sequence in its slot, if its sampling has penalties."""
 
 
+class BlockCopy(Struct, frozen=True, array_like=True):
+    """Copy a KV block before the step."""
+
+    source: int
+    target: int
+
+
 class StepPlan(_ToWorker, frozen=True, kw_only=True, tag="step"):
     """One forward pass of one model. Complete: workers add only weights, KV and last tokens."""
 
@@ -357,6 +462,7 @@ class StepPlan(_ToWorker, frozen=True, kw_only=True, tag="step"):
     step: int
     model: str
     sequences: list[SequenceStep]
+    copies: list[BlockCopy] = []
 
 
 class ShutDown(_ToWorker, frozen=True, kw_only=True, tag="shutdown"):

@@ -31,6 +31,12 @@ class KVCache:
             1, places, values.transpose(0, 1).to(self.values[layer].dtype)
         )
 
+    def copy(self, source: int, target: int) -> None:
+        """Copy block `source` to block `target` in every layer."""
+        a, b = source * BLOCK_TOKENS, target * BLOCK_TOKENS
+        for memory in (*self.keys, *self.values):
+            memory[:, b : b + BLOCK_TOKENS] = memory[:, a : a + BLOCK_TOKENS]
+
 
 def block_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers."""

@@ -83,6 +83,8 @@ class Runner:
         """Run one plan; the sampled token of each sequence that wants one, in the plan's order."""
         model = self._models[plan.model]
         assert model.cache is not None, "allocate comes before step"
+        for copy in plan.copies:
+            model.cache.copy(copy.source, copy.target)
         logits = model.decoder(self.prepare(model, plan.sequences), model.cache)
         sampled = [(s, s.sampling) for s in plan.sequences if s.sampling is not None]
         if not sampled:

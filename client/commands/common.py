@@ -28,7 +28,14 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
         temperature=0.0 if args.greedy else args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         seed=args.seed,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        stop=args.stop,
+        min_tokens=args.min_tokens,
+        ignore_eos=args.ignore_eos,
     )
 
 

@@ -16,6 +16,7 @@ from shared.messages import (
     BadRequestError,
     Cancel,
     Cancelled,
+    Choice,
     Done,
     Event,
     Failed,
@@ -26,6 +27,7 @@ from shared.messages import (
     ListModels,
     ModelInfo,
     Models,
+    Partial,
     Queued,
     Request,
     Started,
@@ -74,9 +76,7 @@ def tell(request: Generate, text: str) -> Iterator[Event]:
         yield Token(id=request.id, text=piece, token_ids=[token])
     yield Done(
         id=request.id,
-        text=text,
-        token_ids=list(range(len(pieces))),
-        finish_reason="stop",
+        choices=[Choice(text=text, token_ids=list(range(len(pieces))), finish_reason="stop")],
         model=MODEL.name,
         usage=Usage(prompt_tokens=3, completion_tokens=len(pieces), total_tokens=3 + len(pieces)),
         timings=Timings(
@@ -186,7 +186,7 @@ class Peer:
             self._send(client, Failed(id=request.id, code="not_found", message="no such job"))
             return
         self._send(client, Cancelled(id=request.id))
-        self._send(client, Cancelled(id=request.job, text=job.text, token_ids=job.token_ids))
+        self._send(client, Cancelled(id=request.job, partial=[Partial(job.text, job.token_ids)]))
 
     def _advance(self, key: tuple[bytes, str], job: "_Job") -> None:
         client, _ = key

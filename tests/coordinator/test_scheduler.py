@@ -2,7 +2,7 @@
 
 The "worker" here writes token ids into blocks instead of keys and values. When it samples, it reads
 the whole context back through the block table and derives the next token from it, so a wrong block,
-position, slot or order changes the output.
+position, slot, copy or order changes the output.
 """
 
 import random
@@ -13,21 +13,22 @@ from hashlib import sha256
 import pytest
 from tokenizers import Tokenizer, models
 
+from coordinator.job import Job
 from coordinator.jobs import JobQueue
 from coordinator.kv_blocks import BLOCK_TOKENS
 from coordinator.scheduler import PlannedStep, Scheduler
 from coordinator.sequence import Sequence
 from coordinator.text import Detokenizer
-from shared.messages import Sampling, SequenceStep
+from shared.messages import Generate, Kind, Sampling
 
-GREEDY = Sampling(0.0, 0, 1.0, 0)
 VOCABULARY = 50
 EOS = 7
+MAX_TOKENS = 64
 _tokenizer = Tokenizer(models.BPE())
 
 
-def next_token(context: list[int]) -> int:
-    return sha256(array("i", context).tobytes()).digest()[0] % VOCABULARY
+def next_token(context: list[int], seed: int) -> int:
+    return sha256(array("q", [*context, seed]).tobytes()).digest()[0] % VOCABULARY
 
 
 class PaperWorker:
@@ -37,172 +38,274 @@ class PaperWorker:
         self.memory = [-1] * (blocks * BLOCK_TOKENS)
         self.last = [-1] * slots
 
-    def run(self, steps: list[SequenceStep]) -> list[int]:
+    def run(self, plan: PlannedStep) -> list[int]:
+        for copy in plan.copies:
+            a, b = copy.source * BLOCK_TOKENS, copy.target * BLOCK_TOKENS
+            self.memory[b : b + BLOCK_TOKENS] = self.memory[a : a + BLOCK_TOKENS]
         tables = []
-        for step in steps:
+        for step in plan.sequences:
             tokens = step.tokens or [self.last[step.slot]]
             table = array("i", step.blocks)
             tables.append((table, step.start + len(tokens)))
             for at, token in enumerate(tokens, step.start):
                 self.memory[table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS] = token
         sampled = []
-        for step, (table, length) in zip(steps, tables, strict=True):
+        for step, (table, length) in zip(plan.sequences, tables, strict=True):
             if step.sampling is not None:
                 context = [
                     self.memory[table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS]
                     for at in range(length)
                 ]
-                token = next_token(context)
+                token = next_token(context, step.sampling.seed)
                 self.last[step.slot] = token
                 sampled.append(token)
         return sampled
 
 
-def sequence(name: str, prompt: list[int], new: int, eos: int = EOS) -> Sequence:
-    return Sequence(
-        client=b"c",
-        request_id=name,
-        kind=random.choice(["story", "chat"]),
-        model="m",
-        stream=True,
-        tokens=list(prompt),
-        prompt_tokens=len(prompt),
-        max_new_tokens=new,
-        eos_ids=frozenset([eos]),
-        sampling=GREEDY,
-        detokenizer=Detokenizer(_tokenizer, []),
-    )
+def job(
+    name: str,
+    prompt: list[int],
+    new: int,
+    eos: int = EOS,
+    n: int = 1,
+    kind: Kind = "story",
+    client: bytes = b"c",
+    priority: int = 0,
+) -> Job:
+    request = Generate(id=name, kind="story", prompt="", priority=priority)
+    if kind == "chat":
+        request = Generate(id=name, kind="chat", messages=[], priority=priority)
+    made = Job(client, request, "m", [])
+    for i in range(n):
+        made.sequences.append(
+            Sequence(
+                job_key=made.key,
+                tokens=list(prompt),
+                prompt_tokens=len(prompt),
+                max_new_tokens=new,
+                sampling=Sampling(0.0, 0, 1.0, seed=i),
+                detokenizer=Detokenizer(_tokenizer, []),
+                root_digest=b"",
+                end_ids=frozenset([eos]),
+                index=i,
+                leader=made.sequences[0] if i else None,
+            )
+        )
+    return made
 
 
-def alone(prompt: list[int], new: int) -> list[int]:
+def alone(prompt: list[int], new: int, seed: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(new):
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, seed))
         if tokens[-1] == EOS:
             break
     return tokens
 
 
-def run_all(
-    scheduler: Scheduler,
-    worker: PaperWorker,
-    depth: int,
-    arrivals: deque[Sequence],
-    cancel: int = 0,
-) -> int:
-    """Serve everything; how many steps it took."""
-    sent: deque[tuple[PlannedStep, list[int]]] = deque()
-    steps = 0
-    while True:
-        if arrivals and random.random() < 0.5:
-            scheduler.queue.add(arrivals.popleft())
-        while len(sent) < depth and (plan := scheduler.plan()) is not None:
-            steps += 1
-            assert sum(max(1, len(s.tokens)) for s in plan.sequences) <= 64
-            sent.append((plan, worker.run(plan.sequences)))
-        if sent:
-            plan, tokens = sent.popleft()
-            for seq, token in zip(plan.sampled, tokens, strict=True):
-                if not seq.finished and seq.append(token) is not None:
-                    scheduler.end(seq)
-        elif not arrivals and not scheduler.everyone():
-            return steps
-        if cancel and random.random() < 0.05 and scheduler.everyone():
-            victim = random.choice(scheduler.everyone())
-            victim.max_new_tokens = -1  # marks it for the test
-            scheduler.end(victim)
-            cancel -= 1
+def queue() -> JobQueue:
+    return JobQueue({"story": 1, "chat": 1})
+
+
+class Desk:
+    """What the engine does around a scheduler, step by step."""
+
+    def __init__(self, blocks: int, slots: int, depth: int = 1, budget: int = MAX_TOKENS) -> None:
+        self.queue = queue()
+        self.scheduler = Scheduler(self.queue, blocks, slots, budget)
+        self.worker = PaperWorker(blocks, slots)
+        self.depth = depth
+        self.sent: deque[tuple[PlannedStep, list[int]]] = deque()
+        self.started: list[Job] = []
+
+    def step(self) -> PlannedStep | None:
+        """Plan as far ahead as allowed, then take the oldest result; its plan."""
+        while len(self.sent) < self.depth and (plan := self.scheduler.plan()) is not None:
+            self.started += plan.started
+            self.sent.append((plan, self.worker.run(plan)))
+        if not self.sent:
+            return None
+        plan, tokens = self.sent.popleft()
+        for sequence, token in zip(plan.sampled, tokens, strict=True):
+            if not sequence.finished:
+                sequence.append(token)
+                if sequence.finish_reason is not None:
+                    self.scheduler.end(sequence)
+        return plan
+
+    def cancel(self, victim: Job) -> None:
+        if victim not in self.started:
+            self.queue.remove(victim)
+        for sequence in victim.sequences:
+            if victim in self.started and not sequence.finished:
+                self.scheduler.end(sequence)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("blocks", [12, 20, 200])
 def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int) -> None:
-    """Mixed lengths, shared prefixes, some cancelled, memory for a part of them only."""
+    """Mixed lengths, shared prefixes, several answers, some cancelled, too little memory for all."""
     random.seed(blocks * 10 + depth)
     common = [random.randrange(VOCABULARY) for _ in range(40)]
-    prompts = [
-        common[: random.randrange(1, 40)] + [random.randrange(VOCABULARY)] * random.randrange(60)
-        for _ in range(40)
-    ]
-    wanted = [random.randrange(1, 60) for _ in prompts]
-    everyone = [
-        sequence(str(i), p, n) for i, (p, n) in enumerate(zip(prompts, wanted, strict=True))
-    ]
-    scheduler = Scheduler(JobQueue(), blocks, slots=8, max_batched_tokens=64)
-    run_all(scheduler, PaperWorker(blocks, 8), depth, deque(everyone), cancel=5)
-    finished = 0
-    for seq, prompt, new in zip(everyone, prompts, wanted, strict=True):
-        if seq.max_new_tokens == -1:
-            continue
-        assert seq.tokens == alone(prompt, new)
-        finished += 1
-    assert finished >= 35
-    assert scheduler.pool.used == 0
-    assert not scheduler.running
-    assert sorted(scheduler._free_slots) == list(range(8))
+    jobs = []
+    for i in range(40):
+        tail = [random.randrange(VOCABULARY)] * random.randrange(60)
+        prompt = common[: random.randrange(1, 40)] + tail
+        n = random.choice([1, 1, 2, 4])
+        kind: Kind = random.choice(["story", "chat"])
+        jobs.append(job(str(i), prompt, random.randrange(1, 60), n=n, kind=kind))
+    desk = Desk(blocks, slots=8, depth=depth)
+    arrivals: deque[Job] = deque(jobs)
+    cancelled: list[Job] = []
+    while arrivals or not all(j.finished for j in jobs if j not in cancelled):
+        if arrivals and random.random() < 0.5:
+            desk.queue.add(arrivals.popleft())
+        plan = desk.step()
+        if plan is not None:
+            assert sum(max(1, len(s.tokens)) for s in plan.sequences) <= MAX_TOKENS
+        unfinished = [j for j in jobs if not j.finished and j not in [*arrivals, *cancelled]]
+        if len(cancelled) < 5 and unfinished and random.random() < 0.05:
+            cancelled.append(random.choice(unfinished))
+            desk.cancel(cancelled[-1])
+    while desk.sent:
+        desk.step()
+    for j in jobs:
+        for sequence in j.sequences if j not in cancelled else []:
+            prompt = sequence.tokens[: sequence.prompt_tokens]
+            expected = alone(prompt, sequence.max_new_tokens, sequence.sampling.seed)
+            assert sequence.tokens == expected
+    assert desk.scheduler.pool.used == 0
+    assert not desk.scheduler.running
+    assert len(desk.queue) == 0
+    assert desk.queue.tokens == 0
+    assert sorted(desk.scheduler._free_slots) == list(range(8))
 
 
 def test_a_long_prompt_does_not_stop_those_who_write() -> None:
-    scheduler = Scheduler(JobQueue(), 400, slots=8, max_batched_tokens=64)
-    worker = PaperWorker(400, 8)
-    writers = [sequence(str(i), [i], 100, eos=-1) for i in range(4)]
+    desk = Desk(400, slots=8)
+    writers = [job(str(i), [i], 100, eos=-1) for i in range(4)]
     for writer in writers:
-        scheduler.queue.add(writer)
-    plan = scheduler.plan()
-    assert plan is not None
-    for seq, token in zip(plan.sampled, worker.run(plan.sequences), strict=True):
-        seq.append(token)
-    reader = sequence("long", [1] * 1000, 1)
-    scheduler.queue.add(reader)
+        desk.queue.add(writer)
+    desk.step()
+    reader = job("long", [1] * 1000, 1)
+    desk.queue.add(reader)
     steps = 0
-    while reader.new_tokens == 0:
-        plan = scheduler.plan()
+    while reader.sequences[0].new_tokens == 0:
+        plan = desk.step()
         assert plan is not None
-        assert all(w in plan.sampled for w in writers), "every writer advances in every step"
-        for seq, token in zip(plan.sampled, worker.run(plan.sequences), strict=True):
-            seq.append(token)
+        assert all(w.sequences[0] in plan.sampled for w in writers), "all advance in every step"
         steps += 1
-    assert steps == -(-1000 // 60), "the prompt gets all of the budget that is left"
+    assert steps == -(-1000 // (MAX_TOKENS - 4)), "the prompt gets all of the budget that is left"
 
 
 def test_a_second_turn_computes_only_what_is_new() -> None:
-    scheduler = Scheduler(JobQueue(), 100, slots=4, max_batched_tokens=512)
-    worker = PaperWorker(100, 4)
-    first = sequence("first", list(range(40)) * 3, 30, eos=-1)
-    run_all_of = deque([first])
-    random.seed(1)
-    while run_all_of or scheduler.everyone():
-        if run_all_of:
-            scheduler.queue.add(run_all_of.popleft())
-        plan = scheduler.plan()
-        assert plan is not None
-        for seq, token in zip(plan.sampled, worker.run(plan.sequences), strict=True):
-            if seq.append(token) is not None:
-                scheduler.end(seq)
-    second = sequence("second", [*first.tokens, 1, 2, 3], 5, eos=-1)
-    scheduler.queue.add(second)
-    plan = scheduler.plan()
+    desk = Desk(100, slots=4, budget=512)
+    first = job("first", list(range(40)) * 3, 30, eos=-1)
+    desk.queue.add(first)
+    while not first.finished:
+        desk.step()
+    history = first.sequences[0].tokens
+    second = job("second", [*history, 1, 2, 3], 5, eos=-1)
+    desk.queue.add(second)
+    plan = desk.step()
     assert plan is not None
-    known = (len(first.tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-    assert second.cached_tokens == known
-    assert len(plan.sequences[0].tokens) == len(second.tokens) - known
+    known = (len(history) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert second.sequences[0].cached_tokens == known
+    assert len(plan.sequences[0].tokens) == len(history) + 3 - known
 
 
 def test_two_users_share_the_blocks_of_a_common_prefix() -> None:
-    scheduler = Scheduler(JobQueue(), 100, slots=4, max_batched_tokens=512)
+    desk = Desk(100, slots=4, budget=512)
     prefix = list(range(48))
     for name in "ab":
-        scheduler.queue.add(sequence(name, [*prefix, ord(name)], 5))
-    assert scheduler.plan() is not None
-    a, b = scheduler.running
+        desk.queue.add(job(name, [*prefix, ord(name)], 5, eos=-1))
+    desk.step()
+    a, b = desk.scheduler.running
     assert list(a.blocks[:3]) == list(b.blocks[:3])
-    assert scheduler.pool.used == 5
+    assert desk.scheduler.pool.used == 5
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40, 64])
+def test_answers_to_one_prompt_share_its_blocks_and_copy_the_one_they_write_to(length: int) -> None:
+    desk = Desk(100, slots=8, budget=512)
+    asked = job("n", list(range(length)), 20, eos=-1, n=4)
+    desk.queue.add(asked)
+    first = desk.step()
+    assert first is not None
+    assert [len(s.tokens) for s in first.sequences] == [length], "the first answer reads the prompt"
+    second = desk.step()
+    assert second is not None
+    assert [len(s.tokens) for s in second.sequences] == [1, 1, 1, 1]
+    assert len(second.copies) == 3
+    full = (length - 1) // BLOCK_TOKENS
+    assert len({tuple(s.blocks[:full]) for s in asked.sequences}) == 1
+    assert len({s.blocks[full] for s in asked.sequences}) == 4
+    while not asked.finished:
+        desk.step()
+    for sequence in asked.sequences:
+        assert sequence.tokens == [
+            *range(length),
+            *alone_without_end(list(range(length)), 20, sequence.sampling.seed),
+        ]
+
+
+def alone_without_end(prompt: list[int], new: int, seed: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(next_token(tokens, seed))
+    return tokens[len(prompt) :]
+
+
+def order(waiting: JobQueue) -> list[str]:
+    expected = {j.id: position for j, position in waiting.positions()}
+    served: list[str] = []
+    counts = {"story": 0, "chat": 0}
+    while waiting.peek() is not None:
+        popped = waiting.pop()
+        assert expected[popped.id] == counts[popped.request.kind], "positions tell the order"
+        counts[popped.request.kind] += 1
+        served.append(popped.id)
+    return served
 
 
 def test_story_and_chat_take_turns() -> None:
-    queue = JobQueue()
+    waiting = queue()
     for i in range(6):
-        seq = sequence(str(i), [1], 1)
-        seq.kind = "story" if i < 4 else "chat"
-        queue.add(seq)
-    assert [queue.pop().request_id for _ in range(6)] == ["0", "4", "1", "5", "2", "3"]
+        waiting.add(job(str(i), [1], 1, kind="story" if i < 4 else "chat"))
+    assert order(waiting) == ["0", "4", "1", "5", "2", "3"]
+
+
+def test_kinds_are_served_by_weight() -> None:
+    waiting = JobQueue({"story": 1, "chat": 3})
+    for i in range(8):
+        waiting.add(job(f"s{i}", [1], 1, kind="story"))
+        waiting.add(job(f"c{i}", [1], 1, kind="chat"))
+    assert sum(name.startswith("c") for name in order(waiting)[:8]) == 6
+
+
+def test_a_busy_client_does_not_keep_others_waiting() -> None:
+    waiting = queue()
+    for i in range(5):
+        waiting.add(job(f"busy{i}", [1], 1, client=b"busy"))
+    assert waiting.add(job("other0", [1], 1, client=b"other")) == 1
+    waiting.add(job("other1", [1], 1, client=b"other"))
+    assert order(waiting) == ["busy0", "other0", "busy1", "other1", "busy2", "busy3", "busy4"]
+
+
+def test_a_lower_priority_number_goes_first() -> None:
+    waiting = queue()
+    waiting.add(job("later", [1], 1, priority=5))
+    waiting.add(job("normal", [1], 1))
+    waiting.add(job("urgent", [1], 1, priority=-1, kind="chat"))
+    assert order(waiting) == ["urgent", "normal", "later"]
+
+
+def test_a_cancelled_job_leaves_the_queue_and_its_turn_to_the_next() -> None:
+    waiting = queue()
+    jobs = [job(str(i), [1, 2], 1) for i in range(3)]
+    for j in jobs:
+        waiting.add(j)
+    assert waiting.peek() is jobs[0]
+    waiting.remove(jobs[0])
+    assert waiting.peek() is jobs[1]
+    assert waiting.tokens == 4

@@ -126,7 +126,7 @@ def test_a_waiting_job_is_told_its_position(story_model: Path) -> None:
         params = SamplingParams(temperature=1, max_tokens=480)
         for i in range(20):
             socket.send(encode(Generate(id=str(i), kind="story", prompt="The", params=params)))
-        positions = []
+        positions: list[tuple[str, int | None]] = []
         while not positions:
             assert socket.poll(10_000)
             event = decode_event(socket.recv())

@@ -1,0 +1,80 @@
+"""One accepted request: whom it answers, and its sequences, one for each answer asked for."""
+
+import time
+from dataclasses import dataclass, field
+
+from coordinator.sequence import Sequence
+from shared.messages import Cancelled, Done, Generate, Partial, Timings, Usage
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way to exactly one last event."""
+
+    client: bytes
+    """Routing id of the client's connection."""
+    request: Generate
+    model: str
+    sequences: list[Sequence]
+    """All have the same prompt; the first one reads it, the others share its KV blocks."""
+
+    queued_at: float = field(default_factory=time.monotonic)
+    started_at: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """The id that the client chose."""
+        return self.request.id
+
+    @property
+    def key(self) -> tuple[bytes, str]:
+        """What names a job: its client's connection and its id."""
+        return self.client, self.request.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.sequences[0].prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(sequence.finished for sequence in self.sequences)
+
+    def done(self) -> Done:
+        """The event that ends a job well."""
+        return Done(
+            id=self.id,
+            choices=[sequence.choice() for sequence in self.sequences],
+            model=self.model,
+            usage=self._usage(),
+            timings=self._timings(),
+        )
+
+    def cancelled(self) -> Cancelled:
+        """The event that ends a job which was cancelled."""
+        partial = [Partial(s.text, s.tokens[s.prompt_tokens :]) for s in self.sequences]
+        return Cancelled(id=self.id, partial=partial if self.started_at else [])
+
+    def _usage(self) -> Usage:
+        new = sum(sequence.new_tokens for sequence in self.sequences)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=new,
+            total_tokens=self.prompt_tokens + new,
+            cached_tokens=self.sequences[0].cached_tokens,
+        )
+
+    def _timings(self) -> Timings:
+        first = min(sequence.first_token_at for sequence in self.sequences)
+        last = max(sequence.last_token_at for sequence in self.sequences)
+        prefill, decode = max(first - self.started_at, 1e-9), last - first
+        computed = self.prompt_tokens - self.sequences[0].cached_tokens
+        decoded = sum(sequence.new_tokens for sequence in self.sequences) - 1
+        return Timings(
+            queue_s=self.started_at - self.queued_at,
+            prefill_s=prefill,
+            decode_s=decode,
+            prefill_tokens_per_s=computed / prefill,
+            decode_tokens_per_s=decoded / decode if decode > 0 else 0.0,
+        )
