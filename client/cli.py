@@ -92,9 +92,10 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
 
-    commands.add_parser(
+    status = commands.add_parser(
         "status", parents=[server, as_json], help="workers, queue, memory of the server"
     )
+    status.add_argument("--watch", action="store_true", help="every second, with rates")
     commands.add_parser("models", parents=[server, as_json], help="the models that are loaded")
     commands.add_parser(
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"

@@ -29,6 +29,11 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def clear_screen() -> None:
+    """Begin at the top of an empty terminal; elsewhere, an empty line."""
+    sys.stdout.write("\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n")
+
+
 def note(text: str) -> None:
     """Tell somebody who sits at a terminal; say nothing when nobody does."""
     if sys.stderr.isatty():

@@ -32,6 +32,7 @@ from shared.messages import (
     StepResult,
     ToWorker,
     WorkerFailed,
+    WorkerTimes,
     decode_from_worker,
     encode,
 )
@@ -79,6 +80,9 @@ class Cluster:
         self.socket = worker_facing(context, self._address)
         self.supervisor = Supervisor(settings.log_level)
         self.epoch = 0
+        self.compute_s = [0.0] * settings.workers
+        self.comm_s = [0.0] * settings.workers
+        """What each rank has spent, as it last told."""
         self.ready = False
         """All models are loaded; no token may have been computed yet."""
         self._bringing_up: Conversation | None = None
@@ -114,6 +118,10 @@ class Cluster:
             return None  # from a worker that was given up
         if isinstance(message, StepResult):
             return message
+        if isinstance(message, WorkerTimes):
+            self.compute_s[message.rank] = message.compute_s
+            self.comm_s[message.rank] = message.comm_s
+            return None
         if isinstance(message, WorkerFailed):
             raise WorkerReportedError(message)
         if self._bringing_up is not None:

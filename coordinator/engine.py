@@ -18,11 +18,11 @@ from coordinator.cluster import Cluster
 from coordinator.frontend import Frontend, failed
 from coordinator.intake import Intake, test_job
 from coordinator.job import Job
+from coordinator.metrics import Metrics, describe
 from coordinator.jobs import refuse_if_full
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
-from coordinator.status import Counters, describe
 from shared.config import Settings
 from shared.errors import (
     InvalidRequestError,
@@ -84,12 +84,11 @@ class Engine:
         self.cluster = cluster
         self.ready = False
         """A token has come through all workers with every model."""
-        self.counters = Counters()
+        self.metrics = Metrics()
         self._frontend = frontend
         self._intake = Intake(models)
         self._preparing: set[tuple[bytes, str]] = set()
         self._jobs: dict[tuple[bytes, str], Job] = {}
-        self._finished_at: deque[float] = deque(maxlen=64)
         self._sent: deque[SentStep] = deque()
         self._turns = deque(models)
         self._untested: set[str] = set()
@@ -107,13 +106,21 @@ class Engine:
         for pollable in (self._frontend.socket, self.cluster.socket, self._watch.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
         self._start_workers()
+        totals, clock = self.metrics.totals, time.perf_counter
+        resting = clock()
         while not self._stop_requested:
             self._poller.poll(_TICK_MS)
+            woken = clock()
             self._take_results()
             self._take_wakeups()
             self._take_prepared()
             self._take_requests()
+            planning = clock()
             self._plan_ahead()
+            totals.wait_s += woken - resting
+            totals.other_s += planning - woken
+            resting = clock()
+            totals.plan_s += resting - planning
             self._report_progress()
 
     def stop(self) -> None:
@@ -148,7 +155,7 @@ class Engine:
                 self._publish(client, Models(id=request.id, models=infos))
             case GetStatus():
                 status = describe(
-                    request.id, self.settings, self.models, self.cluster, self.ready, self.counters
+                    request.id, self.settings, self.models, self.cluster, self.ready, self.metrics
                 )
                 self._publish(client, status)
             case GetHealth():
@@ -162,7 +169,7 @@ class Engine:
         if not self.ready:
             raise NotReadyError("the workers are being started: try again in a moment")
         waiting = sum(len(model.queue) for model in self.models.values()) + len(self._preparing)
-        limit, retry = self.settings.queue_limit, self._retry_after_s()
+        limit, retry = self.settings.queue_limit, self.metrics.retry_after_s()
         refuse_if_full(waiting, limit, "jobs", "--queue-limit", retry)
         self._intake.submit(client, request)
         self._preparing.add(key)
@@ -182,18 +189,11 @@ class Engine:
 
     def _enqueue(self, job: Job) -> None:
         tokens = sum(model.queue.tokens for model in self.models.values())
-        limit, retry = self.settings.queue_tokens, self._retry_after_s()
+        limit, retry = self.settings.queue_tokens, self.metrics.retry_after_s()
         refuse_if_full(tokens, limit, "prompt tokens", "--queue-tokens", retry)
         self._jobs[job.key] = job
         position = self.models[job.model].queue.add(job)
         self._stream(job, Queued(id=job.id, position=position))
-
-    def _retry_after_s(self) -> float:
-        """When a place in the queue may be free: the time between jobs that finished lately."""
-        if len(self._finished_at) < 2:
-            return 1.0
-        spent = time.monotonic() - self._finished_at[0]
-        return min(60.0, max(1.0, spent / len(self._finished_at)))
 
     def _cancel(self, client: bytes, request: Cancel) -> None:
         key = (client, request.job)
@@ -270,20 +270,24 @@ class Engine:
                 idle += 1
                 continue
             idle = 0
-            self.counters.steps += 1
-            now = time.monotonic()
+            now, totals = time.monotonic(), self.metrics.totals
+            totals.steps += 1
+            totals.sequence_steps += len(planned.sequences)
+            totals.tokens_computed += sum(len(s.tokens) or 1 for s in planned.sequences)
             for job in planned.started:
                 job.started_at = now
                 count = job.prompt_tokens
                 self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=count))
                 for sequence in job.sequences if job.request.params.echo else ():
-                    prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)
+                    prompt = Token(
+                        id=job.id, text=sequence.text, token_ids=[], index=sequence.index
+                    )
                     self._stream(job, prompt)
-            self._sent.append(SentStep(self.counters.steps, model, planned.sampled, now))
+            self._sent.append(SentStep(totals.steps, model, planned.sampled, now))
             self.cluster.send_plan(
                 StepPlan(
                     epoch=self.cluster.epoch,
-                    step=self.counters.steps,
+                    step=totals.steps,
                     model=model.name,
                     sequences=planned.sequences,
                     copies=planned.copies,
@@ -320,7 +324,7 @@ class Engine:
                 self._fail(job, TpserveError("the model computed values that are not numbers"))
                 continue
             text = sequence.append(token)
-            self.counters.tokens += 1
+            self.metrics.totals.tokens_generated += 1
             details = []
             if logprob is not None:
                 details = [sent.model.text.describe(token, logprob)]
@@ -338,11 +342,12 @@ class Engine:
         if not job.finished:
             return
         del self._jobs[job.key]
-        self._finished_at.append(time.monotonic())
         if job.client is _NOBODY:
             self._passed_test(job.model)
-        else:
-            self._publish(job.client, job.done())
+            return
+        done = job.done()
+        self.metrics.job_done(done.timings)
+        self._publish(job.client, done)
 
     def _fail(self, job: Job, error: TpserveError) -> None:
         self._end(job)

@@ -73,6 +73,8 @@ class Job:
         decoded = sum(sequence.new_tokens for sequence in self.sequences) - 1
         return Timings(
             queue_s=self.started_at - self.queued_at,
+            ttft_s=first - self.queued_at,
+            time_per_token_s=decode / decoded if decoded else 0.0,
             prefill_s=prefill,
             decode_s=decode,
             prefill_tokens_per_s=computed / prefill,

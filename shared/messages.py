@@ -155,6 +155,10 @@ class Timings(Struct, frozen=True, kw_only=True):
     """Seconds spent, by phase, and rates in tokens per second."""
 
     queue_s: float
+    ttft_s: float
+    """Time to first token: from the request's acceptance to its first token."""
+    time_per_token_s: float
+    """Mean time between tokens after the first one."""
     prefill_s: float
     """From the start of the first step to the first token."""
     decode_s: float
@@ -306,12 +310,41 @@ class Models(_Event, frozen=True, kw_only=True, tag="models"):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """One worker process. `memory_bytes` is resident memory not shared with others."""
+    """One worker process. Times are sums over its steps, at most a second old."""
 
     rank: int
     pid: int
     virtual_shards: list[int]
     memory_bytes: int
+    """Resident memory that it shares with nobody."""
+    compute_s: float
+    comm_s: float
+    """In collectives, waiting for slower ranks included."""
+
+
+class Totals(Struct, kw_only=True):
+    """Sums since the server started; a rate is the difference of two of them over time."""
+
+    steps: int = 0
+    sequence_steps: int = 0
+    """Sequences over all steps: divided by steps, the mean batch."""
+    tokens_computed: int = 0
+    """Prompt and decode tokens that went through the model."""
+    tokens_generated: int = 0
+    jobs_done: int = 0
+    plan_s: float = 0.0
+    """Coordinator: making plans."""
+    other_s: float = 0.0
+    """Coordinator: taking results and requests, detokenising, sending events."""
+    wait_s: float = 0.0
+    """Coordinator: waiting for sockets."""
+
+
+class Percentiles(Struct, frozen=True):
+    """Of the last jobs, in seconds."""
+
+    p50: float
+    p99: float
 
 
 class Status(_Event, frozen=True, kw_only=True, tag="status"):
@@ -328,8 +361,10 @@ class Status(_Event, frozen=True, kw_only=True, tag="status"):
     models: list[ModelInfo]
     queued: dict[str, int]
     running: int
-    steps: int
-    tokens_generated: int
+    totals: Totals
+    queue_time: Percentiles
+    ttft: Percentiles
+    time_per_token: Percentiles
     kv_blocks_used: int
     kv_blocks_total: int
 
@@ -521,8 +556,13 @@ class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
     """-1: this sequence's logits were not finite numbers."""
     logprobs: list[TokenLogprobs | None] = []
     """As `tokens`, with None where they are not wanted; empty if nobody wants them."""
-    compute_us: int
-    comm_us: int
+
+
+class WorkerTimes(_FromWorker, frozen=True, kw_only=True, tag="times"):
+    """Sums over all steps of this rank; sent about once a second while it computes."""
+
+    compute_s: float
+    comm_s: float
 
 
 class WorkerFailed(_FromWorker, frozen=True, kw_only=True, tag="failed"):
@@ -533,7 +573,7 @@ class WorkerFailed(_FromWorker, frozen=True, kw_only=True, tag="failed"):
     fatal: bool
 
 
-FromWorker = Hello | CommReady | Loaded | Allocated | StepResult | WorkerFailed
+FromWorker = Hello | CommReady | Loaded | Allocated | StepResult | WorkerTimes | WorkerFailed
 
 
 # --- wire form ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from shared.messages import (
     StepResult,
     ToWorker,
     WorkerFailed,
+    WorkerTimes,
     decode_to_worker,
     encode,
 )
@@ -41,6 +42,7 @@ from worker.runner import Runner, TimedCommunicator
 log = logging.getLogger("worker")
 
 _PR_SET_PDEATHSIG = 1
+_TIMES_INTERVAL_S = 1.0
 
 
 class Worker:
@@ -51,6 +53,7 @@ class Worker:
         self._socket = socket
         self._comm: TimedCommunicator | None = None
         self._runner: Runner | None = None
+        self._compute_s = self._comm_s = self._told_at = 0.0
 
     def run(self) -> None:
         """Serve the coordinator until it says shut down."""
@@ -98,19 +101,33 @@ class Worker:
 
     def _step(self, plan: StepPlan) -> StepResult | None:
         assert self._comm is not None, "set-up comes before steps"
-        began, self._comm.seconds = time.perf_counter(), 0.0
+        began, in_comm = time.perf_counter(), self._comm.seconds
         tokens = self._ready_runner.step(plan)
+        self._account(time.perf_counter() - began, self._comm.seconds - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
-        elapsed, in_comm = time.perf_counter() - began, self._comm.seconds
         return StepResult(
             rank=self._rank,
             epoch=plan.epoch,
             step=plan.step,
             tokens=tokens,
-            compute_us=round((elapsed - in_comm) * 1e6),
-            comm_us=round(in_comm * 1e6),
         )
+
+    def _account(self, elapsed_s: float, in_comm_s: float) -> None:
+        """Add up where the time goes, and tell it once a second."""
+        self._comm_s += in_comm_s
+        self._compute_s += elapsed_s - in_comm_s
+        now = time.monotonic()
+        if now > self._told_at + _TIMES_INTERVAL_S:
+            self._told_at = now
+            self._send(
+                WorkerTimes(
+                    rank=self._rank,
+                    epoch=self._epoch,
+                    compute_s=self._compute_s,
+                    comm_s=self._comm_s,
+                )
+            )
 
     def _set_up(self, order: SetUp) -> None:
         torch.set_num_threads(order.threads)

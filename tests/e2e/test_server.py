@@ -114,10 +114,10 @@ def test_a_job_that_does_not_stream_ends_too_when_its_client_goes_away(address: 
                 encode(Generate(id=str(i), kind="story", prompt="The", params=params, stream=False))
             )
         assert wait_until(lambda: client.status().running == 40, 10)
-        done = client.status().tokens_generated
+        done = client.status().totals.tokens_generated
         socket.close()
         assert wait_until(lambda: client.status().running == 0, 3)
-        assert client.status().tokens_generated - done < 40 * 480
+        assert client.status().totals.tokens_generated - done < 40 * 480
 
 
 def test_a_waiting_job_is_told_its_position(story_model: Path) -> None:

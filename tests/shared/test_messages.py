@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shared.messages import (
     BadRequestError,
+    Choice,
     Done,
     Generate,
     Message,
@@ -49,13 +50,17 @@ def test_a_request_survives_the_wire() -> None:
 def test_an_event_survives_the_wire() -> None:
     done = Done(
         id="a",
-        text="t",
-        token_ids=[1],
-        finish_reason="stop",
+        choices=[Choice(text="t", token_ids=[1], finish_reason="stop")],
         model="m",
         usage=Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2),
         timings=Timings(
-            queue_s=0.0, prefill_s=0.1, decode_s=0.2, prefill_tokens_per_s=1, decode_tokens_per_s=2
+            queue_s=0.0,
+            ttft_s=0.1,
+            time_per_token_s=0.2,
+            prefill_s=0.1,
+            decode_s=0.2,
+            prefill_tokens_per_s=1.0,
+            decode_tokens_per_s=2.0,
         ),
     )
     assert decode_event(encode(done)) == done
@@ -76,6 +81,8 @@ def test_an_event_survives_the_wire() -> None:
         (STORY | {"messages": CHAT["messages"]}, "messages"),
         ({k: v for k, v in STORY.items() if k != "prompt"}, "prompt"),
         (CHAT | {"messages": []}, "messages"),
+        (CHAT | {"params": {"echo": True}}, "echo"),
+        (STORY | {"priority": 1000}, "priority"),
         (CHAT | {"messages": [{"role": "god", "content": "x"}]}, "god"),
         (CHAT | {"messages": [{"role": "user", "content": "x", "name": "y"}]}, "name"),
         *(
@@ -93,6 +100,20 @@ def test_an_event_survives_the_wire() -> None:
                 ("top_k", -1),
                 ("seed", -1),
                 ("seed", 1 << 63),
+                ("min_p", 1.5),
+                ("repetition_penalty", 0),
+                ("presence_penalty", 3),
+                ("frequency_penalty", math.nan),
+                ("logit_bias", {5: 1000}),
+                ("logit_bias", {"a": 1}),
+                ("stop", [""]),
+                ("stop", ["x"] * 17),
+                ("stop_token_ids", [-1]),
+                ("min_tokens", -1),
+                ("ignore_eos", "yes"),
+                ("n", 0),
+                ("n", 65),
+                ("logprobs", 21),
             ]
         ),
     ],

@@ -3,6 +3,7 @@
 Logits never leave a rank as they are, but for the few rows that `whole_rows` is asked for.
 """
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,14 +14,16 @@ from worker.comm.base import Communicator, Floats
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+UNLIMITED = sys.maxsize
+"""More tokens than any vocabulary has."""
+
 
 class Vocabulary:
     """Which token ids each rank holds, by virtual shard."""
 
     def __init__(self, rank: int, shards: Sequence[Sequence[range]]) -> None:
         """`shards`: token ids of each virtual shard of each rank; in order, together all ids."""
-        held = [[run for run in runs if run] for runs in shards]
-        lengths = [[len(run) for run in runs] for runs in held]
+        lengths = [[len(ids) for ids in of_rank if ids] for of_rank in shards]
         self.sizes = [sum(of_rank) for of_rank in lengths]
         """Tokens of each rank."""
         self.first_id = sum(self.sizes[:rank])
@@ -34,18 +37,22 @@ class Vocabulary:
         self.shard_starts = np.cumsum(self.shard_lengths) - self.shard_lengths
         """Where they begin among this rank's logits."""
 
-    def own(self, ids: Ints) -> npt.NDArray[np.bool_]:
+    def holds(self, ids: Ints) -> npt.NDArray[np.bool_]:
         """Which of these token ids are this rank's."""
         return (ids >= self.first_id) & (ids < self.first_id + self.size)
+
+    def own_columns(self, ids: Ints) -> Ints:
+        """Where this rank's logits have these token ids; other ranks' ids are left out."""
+        return ids[self.holds(ids)] - self.first_id
 
 
 def gather(comm: Communicator, *arrays: Doubles) -> list[Doubles]:
     """All-gather of several arrays in one collective: [world, *shape] of each."""
-    joined = arrays[0] if len(arrays) == 1 else np.concatenate([a.ravel() for a in arrays])
-    every = np.asarray(comm.exchange_small(joined), dtype=np.float64)
     if len(arrays) == 1:
-        return [every]
-    ends = np.cumsum([a.size for a in arrays])
+        return [np.asarray(comm.exchange_small(arrays[0]), dtype=np.float64)]
+    joined = np.concatenate([array.ravel() for array in arrays])
+    every = np.asarray(comm.exchange_small(joined), dtype=np.float64)
+    ends = np.cumsum([array.size for array in arrays])
     pieces = np.split(every, ends[:-1], axis=1)
     return [p.reshape(comm.world, *a.shape) for p, a in zip(pieces, arrays, strict=True)]
 
@@ -61,20 +68,21 @@ def whole_rows(comm: Communicator, vocabulary: Vocabulary, own: Floats) -> Float
 
 
 def partial_sums(own: Floats, temperature: Doubles, vocabulary: Vocabulary) -> Doubles:
-    """What `softmax_sums` needs of this rank: [R, virtual shards, 2].
+    """What `softmax_sums` needs to know of this rank: [R, virtual shards, 2].
 
-    own: [R, own tokens], no NaN and no +inf. For each virtual shard its highest logit, and the sum
-    of exp((logit - highest) / temperature). By virtual shard, so that the bits of the total do not
-    depend on how many ranks there are.
+    own: [R, own tokens] without NaN and +inf. For each virtual shard it is the highest logit, and
+    the sum of exp((logit - highest) / temperature). By virtual shard, because then the bits of the
+    total do not depend on how many ranks there are.
     """
     sums = np.zeros((len(own), max(vocabulary.shards_per_rank), 2))
     sums[:, :, 0] = -np.inf
     if own.size:
         highest = np.maximum.reduceat(own, vocabulary.shard_starts, axis=1)
-        offsets = np.repeat(finite(highest), vocabulary.shard_lengths, axis=1)
-        weights = np.subtract(own, offsets, dtype=np.float64)
+        # Where there is nothing but -inf, -inf is to be taken off 0 and not off itself.
+        anchors = np.where(highest == -np.inf, 0, highest)
+        weights = own - np.repeat(anchors.astype(np.float64), vocabulary.shard_lengths, axis=1)
         weights /= temperature[:, None]
-        np.exp(weights, weights)
+        np.exp(weights, out=weights)
         count = highest.shape[1]
         sums[:, :count, 0] = highest
         sums[:, :count, 1] = np.add.reduceat(weights, vocabulary.shard_starts, axis=1)
@@ -86,15 +94,12 @@ def softmax_sums(
 ) -> tuple[Doubles, Doubles]:
     """The partial sums of all ranks [world, R, virtual shards, 2] put together.
 
-    Returns the highest logit [R] and the sum of exp((logit - highest) / temperature) [R]. Where a
-    row has no finite logit, the first is 0 and the second too.
+    Returns the highest logit [R] and the sum of exp((logit - highest) / temperature) [R] over the
+    whole vocabulary; 0 and 0 where there is nothing but -inf.
     """
-    in_order = [of_rank[:, :n] for of_rank, n in zip(every, vocabulary.shards_per_rank, strict=True)]
+    in_order = [sums[:, :n] for sums, n in zip(every, vocabulary.shards_per_rank, strict=True)]
     shards = np.concatenate(in_order, axis=1)
-    highest = finite(shards[:, :, 0].max(axis=1))
+    highest = shards[:, :, 0].max(axis=1)
+    highest[highest == -np.inf] = 0
     scales = np.exp((shards[:, :, 0] - highest[:, None]) / temperature[:, None])
     return highest, (shards[:, :, 1] * scales).sum(axis=1)
-
-
-def finite[T: np.floating](values: npt.NDArray[T]) -> npt.NDArray[T]:
-    return values
