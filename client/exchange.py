@@ -20,7 +20,7 @@ from shared.messages import (
     Generate,
     GetHealth,
     Request,
-    decode_event,
+    decode_events,
 )
 
 
@@ -122,31 +122,35 @@ class Exchange:
 
     def take_in(self, frames: Iterable[bytes], disconnected: bool) -> Set[str]:
         """Sort what has arrived; the ids of requests that now have something to read."""
-        fresh = set()
+        fresh: set[str] = set()
         for frame in frames:
             self._heard, self._quiet_since, self._asked_at = True, time.monotonic(), None
             try:
-                event = decode_event(frame)
+                for event in decode_events(frame):
+                    self._sort(event, fresh)
             except TpserveError as error:
                 self.lose(error.message)
+            if self.lost:
                 break
-            if event.v != PROTOCOL_VERSION:
-                self.lose(
-                    f"the server at {self._address} speaks protocol version {event.v}, "
-                    f"this client {PROTOCOL_VERSION}: install matching versions"
-                )
-                break
-            if isinstance(event, TERMINAL_EVENTS):
-                self._jobs.discard(event.id)
-            if event.id in self._unread:
-                self._unread[event.id].append(event)
-                fresh.add(event.id)
         self._cancel_garbage()
         if disconnected:
             self.lose(self._silent("closed the connection"))
         elif self._unread and not self.lost:
             self._mind_the_silence()
         return self.awaited if self.lost else fresh
+
+    def _sort(self, event: Event, fresh: set[str]) -> None:
+        if event.v != PROTOCOL_VERSION:
+            self.lose(
+                f"the server at {self._address} speaks protocol version {event.v}, "
+                f"this client {PROTOCOL_VERSION}: install matching versions"
+            )
+            return
+        if isinstance(event, TERMINAL_EVENTS):
+            self._jobs.discard(event.id)
+        if event.id in self._unread:
+            self._unread[event.id].append(event)
+            fresh.add(event.id)
 
     def lose(self, reason: str) -> None:
         """Give the connection up: whoever waits for an event gets `reason` as an error."""

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import zmq
@@ -13,6 +14,7 @@ from coordinator.engine import Engine
 from coordinator.frontend import Frontend
 from coordinator.run_dir import RunDir
 from coordinator.served_model import open_model
+from coordinator.supervisor import WORKER_COMMAND
 from shared.config import Settings, argument_parser, load_settings
 from shared.errors import ConfigError, ModelError, TpserveError
 
@@ -40,7 +42,7 @@ def main() -> int:
     return 0
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) -> None:
     """Run a server until SIGINT or SIGTERM. Raises TpserveError."""
     models = {name: open_model(name, path, settings) for name, path in settings.model.items()}
     with ExitStack() as cleanup:
@@ -51,7 +53,7 @@ def serve(settings: Settings) -> None:
         run_dir = RunDir(settings.run_dir)
         cleanup.callback(run_dir.close)
         on_workers = [model.on_workers for model in models.values()]
-        cluster = Cluster(settings, context, run_dir.path, on_workers)
+        cluster = Cluster(settings, context, run_dir.path, on_workers, worker_command)
         cleanup.callback(cluster.close)
         engine = Engine(settings, models, frontend, cluster)
         cleanup.callback(engine.close, "the server is stopping")

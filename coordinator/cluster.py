@@ -5,7 +5,7 @@ messages one by one, so that it reads in order while the engine's loop goes on s
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -71,6 +71,7 @@ class Cluster:
         context: zmq.Context[zmq.SyncSocket],
         run_dir: Path,
         models: list[ModelOnWorkers],
+        worker_command: Sequence[str],
     ) -> None:
         self._settings = settings
         self._run_dir = run_dir
@@ -78,7 +79,7 @@ class Cluster:
         self.models = models
         self.owned = assign_shards(settings.workers, settings.virtual_shards)
         self.socket = worker_facing(context, self._address)
-        self.supervisor = Supervisor(settings.log_level)
+        self.supervisor = Supervisor(settings.log_level, worker_command)
         self.epoch = 0
         self.compute_s = [0.0] * settings.workers
         self.comm_s = [0.0] * settings.workers

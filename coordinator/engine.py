@@ -18,8 +18,8 @@ from coordinator.cluster import Cluster
 from coordinator.frontend import Frontend, failed
 from coordinator.intake import Intake, test_job
 from coordinator.job import Job
-from coordinator.metrics import Metrics, describe
 from coordinator.jobs import refuse_if_full
+from coordinator.metrics import Metrics, describe
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
@@ -116,12 +116,15 @@ class Engine:
             self._take_prepared()
             self._take_requests()
             planning = clock()
-            self._plan_ahead()
-            totals.wait_s += woken - resting
-            totals.other_s += planning - woken
-            resting = clock()
-            totals.plan_s += resting - planning
+            self._plan_ahead()  # before events are sent: the workers should not wait for them
+            planned = clock()
             self._report_progress()
+            for client, gone in self._frontend.flush():
+                self._drop(client, gone)
+            totals.wait_s += woken - resting
+            totals.plan_s += planned - planning
+            resting = clock()
+            totals.other_s += (planning - woken) + (resting - planned)
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler."""
@@ -213,21 +216,20 @@ class Engine:
             self._publish(job.client, event)
 
     def _publish(self, client: bytes, event: Event) -> None:
-        if client is not _NOBODY and not self._frontend.send(client, event):
-            self._drop(client)
+        if client is not _NOBODY:
+            self._frontend.publish(client, event)
 
-    def _drop(self, client: bytes) -> None:
+    def _drop(self, client: bytes, gone: bool) -> None:
         """A client is gone or does not read: its jobs end."""
-        slow = not self._frontend.last_client_gone
         dropped = [job for job in self._jobs.values() if job.client == client]
         for job in dropped:
             self._end(job)
-            if slow:
-                error = SlowReaderError("too many events wait to be read: the job was ended")
-                self._frontend.send_when_possible(client, failed(job.id, error))
+        if not gone:
+            error = SlowReaderError("too many events wait to be read: the job was ended")
+            self._frontend.owe(client, [failed(job.id, error) for job in dropped])
         self._preparing = {key for key in self._preparing if key[0] != client}
         if dropped:
-            why = "does not read" if slow else "went away"
+            why = "went away" if gone else "does not read"
             log.info("a client %s; %d of its jobs were ended", why, len(dropped))
 
     def _report_progress(self) -> None:
@@ -242,8 +244,7 @@ class Engine:
         for job, position in [*silent, *waiting]:
             new = sum(sequence.new_tokens for sequence in job.sequences)
             event = Progress(id=job.id, position=position, new_tokens=new)
-            if job.key in self._jobs:  # its client has not turned out to be gone
-                self._publish(job.client, event)
+            self._publish(job.client, event)
 
     def _end(self, job: Job) -> None:
         """Forget a job that is done, failed or cancelled; what it holds is given back."""
@@ -423,4 +424,4 @@ class Engine:
         for model in self.models.values():
             model.scheduler = None
         for client, request_id in waiting:
-            self._frontend.send(client, failed(request_id, error))
+            self._publish(client, failed(request_id, error))

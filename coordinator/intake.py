@@ -112,7 +112,7 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
         sequence.index = index
         sequence.leader = job.sequences[0] if index else None
         sequence.min_new_tokens = params.min_tokens
-        sequence.stop_strings = StopStrings(params.stop)
+        sequence.stop_strings = StopStrings(params.stop) if params.stop else None
         ends = () if params.ignore_eos else model.config.eos_ids
         sequence.end_ids = frozenset((*ends, *params.stop_token_ids))
         sequence.sampling = resolve(params, model, seed + index, len(tokens), sequence.end_ids)

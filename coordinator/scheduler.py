@@ -54,15 +54,19 @@ class Scheduler:
         short = False
         # Sequences that write come before those that still read their prompt: a long prompt must
         # not make them wait.
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            count = min(sequence.pending, budget)
+        wanted = [(pending, s) for s in self.running if (pending := s.pending)]
+        if readers:
+            wanted.sort(key=lambda item: item[0] > 1)
+        for pending, sequence in wanted:
+            count = min(pending, budget)
             if sequence.slot < 0 or count == 0:
-                continue  # preempted in this very loop, or everything it may need is under way
-            short = not self._make_room(sequence, count) or short
+                continue  # preempted in this very loop, or the budget is used up
+            if sequence.computed + count > len(sequence.blocks) * BLOCK_TOKENS:
+                short = not self._make_room(sequence, count) or short
             chunks.append((sequence, count))
             budget -= count
-        # Who was preempted, perhaps after it had been given a chunk, does not run.
-        chunks = [(s, n) for s, n in chunks if s.slot >= 0]
+        if short:  # who was preempted, perhaps after it had been given a chunk, does not run
+            chunks = [(s, n) for s, n in chunks if s.slot >= 0]
         steps = [self._step(sequence, count) for sequence, count in chunks]
         started: list[Job] = []
         # While memory is short nobody new comes in, least of all who has just been preempted.
@@ -206,7 +210,8 @@ class Scheduler:
         sequence.fresh_in_slot = False
         sequence.computed = end
         sequence.in_flight += samples
-        self._publish(sequence)
+        if end // BLOCK_TOKENS > sequence.published:
+            self._publish(sequence)
         return step
 
     def _publish(self, sequence: Sequence) -> None:

@@ -30,7 +30,7 @@ class Sequence:
     min_new_tokens: int = 0
     end_ids: frozenset[int] = frozenset()
     """Tokens that end it; they have no text."""
-    stop_strings: StopStrings = field(default_factory=StopStrings)
+    stop_strings: StopStrings | None = None
 
     text: str = ""
     """What has been given out."""
@@ -92,22 +92,23 @@ class Sequence:
         self.tokens.append(token)
         self.last_token_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.last_token_at
-        may_stop = self.new_tokens >= self.min_new_tokens
+        new_tokens = len(self.tokens) - self.prompt_tokens
         if token in self.end_ids:
             self.finish_reason, self.stop_reason = "stop", token
             text = self.detokenizer.flush()
         else:
             text = self.detokenizer.push(token)
-            if self.new_tokens >= self.max_new_tokens:
+            if new_tokens >= self.max_new_tokens:
                 self.finish_reason = "length"
                 text += self.detokenizer.flush()
-        given, found = self.stop_strings.push(text, may_stop)
-        if found is not None:
-            self.finish_reason, self.stop_reason = "stop", found
-        elif self.finish_reason is not None:
-            given += self.stop_strings.flush()
-        self.text += given
-        return given
+        if self.stop_strings is not None:
+            text, found = self.stop_strings.push(text, new_tokens >= self.min_new_tokens)
+            if found is not None:
+                self.finish_reason, self.stop_reason = "stop", found
+            elif self.finish_reason is not None:
+                text += self.stop_strings.flush()
+        self.text += text
+        return text
 
     def choice(self) -> Choice:
         """The finished answer."""

@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
+
+# -P: a folder called `worker` where the server is started must not be taken for ours.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "worker")
 
 log = logging.getLogger("coordinator.supervisor")
 
@@ -33,15 +37,17 @@ class WorkerProcess:
 class Supervisor:
     """Owns the worker processes."""
 
-    def __init__(self, log_level: str) -> None:
+    def __init__(self, log_level: str, command: Sequence[str]) -> None:
+        """`command` starts a worker, before its flags."""
         self._log_level = log_level
+        self._command = tuple(command)
         self.workers: list[WorkerProcess] = []
 
     def start(self, world: int, epoch: int, address: str, shm_fd: int | None) -> None:
         """Start `world` workers that connect to `address`; `shm_fd` is inherited by them."""
         for rank in range(world):
             command = [
-                *(sys.executable, "-P", "-m", "worker"),
+                *self._command,
                 *("--rank", str(rank), "--epoch", str(epoch), "--connect", address),
                 *("--parent", str(os.getpid()), "--log-level", self._log_level),
             ]

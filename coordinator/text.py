@@ -27,7 +27,7 @@ CHATML = (
 """For models without a chat template."""
 
 _REPLACEMENT = "\ufffd"
-_CONTEXT_TOKENS = 8
+_CONTEXT_TOKENS = 4
 
 
 class _NamedTemplate(Struct):
@@ -119,31 +119,38 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        self._context = 0  # decoding starts here ...
-        self._given = len(self._ids)  # ... and the text up to here has been given out
-        self._before = tokenizer.decode(self._ids)
+        """From the first token that is decoded with the next one."""
+        self._given: str = tokenizer.decode(self._ids)
+        """What they give, as far as it has been given out."""
+        self._complete = len(self._ids)
+        """How many of them it comes from."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)
-        text: str = self._tokenizer.decode(self._ids[self._context :])
-        if text.endswith(_REPLACEMENT) or len(text) <= len(self._before):
+        text: str = self._tokenizer.decode(self._ids)
+        if text.endswith(_REPLACEMENT) or len(text) <= len(self._given):
             return ""
-        new = text[len(self._before) :]
-        self._context, self._given = self._given, len(self._ids)
-        self._before = self._tokenizer.decode(self._ids[self._context :])
+        new = text[len(self._given) :]
+        self._given, self._complete = text, len(self._ids)
+        if self._complete > 2 * _CONTEXT_TOKENS:  # keep what is decoded each time short
+            del self._ids[:-_CONTEXT_TOKENS]
+            self._given = self._tokenizer.decode(self._ids)
+            self._complete = len(self._ids)
         return new
 
     def flush(self) -> str:
         """What is left at the end, with a replacement character for an incomplete one."""
-        text: str = self._tokenizer.decode(self._ids[self._context :])
-        return text[len(self._before) :]
+        if self._complete == len(self._ids):
+            return ""
+        text: str = self._tokenizer.decode(self._ids)
+        return text[len(self._given) :]
 
 
 class StopStrings:
     """Finds the first of several texts in a stream, across token borders, and holds it back."""
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
 
@@ -152,7 +159,7 @@ class StopStrings:
 
         While `may_stop` is false nothing is looked for, and nothing held back.
         """
-        if not self._stops or not may_stop:
+        if not may_stop:
             held, self._held = self._held, ""
             return held + text, None
         text = self._held + text

@@ -5,6 +5,7 @@ docs/protocol.md; versioned, strictly validated), and what the coordinator and i
 Unknown fields are refused, never ignored; nothing is pickled.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -581,7 +582,7 @@ FromWorker = Hello | CommReady | Loaded | Allocated | StepResult | WorkerTimes |
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+_events_decoder: msgspec.msgpack.Decoder[list[Event]] = msgspec.msgpack.Decoder(list[Event])
 _to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
@@ -621,12 +622,17 @@ def decode_request(frame: bytes) -> Request:
     return request
 
 
-def decode_event(frame: bytes) -> Event:
+def encode_events(events: Sequence[Event]) -> bytes:
+    """Events for one client as one frame: an array of maps."""
+    return _encoder.encode(events)
+
+
+def decode_events(frame: bytes) -> list[Event]:
     """A coordinator's frame, as a client reads it. Raises TpserveError when it is not understood."""
     try:
-        return _event_decoder.decode(frame)
+        return _events_decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise TpserveError(f"the server sent an event that is not understood: {error}") from None
+        raise TpserveError(f"the server sent events that are not understood: {error}") from None
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:

@@ -39,7 +39,7 @@ from shared.messages import (
     Usage,
     WorkerStatus,
     decode_request,
-    encode,
+    encode_events,
 )
 from shared.sockets import client_facing
 
@@ -207,7 +207,7 @@ class Peer:
     def _send(self, client: bytes, event: Event) -> None:
         # A client that has gone is not this peer's concern.
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart((client, encode(event)), zmq.NOBLOCK)
+            self._socket.send_multipart((client, encode_events([event])), zmq.NOBLOCK)
 
 
 @dataclass

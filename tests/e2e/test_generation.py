@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from client.requests import SamplingOptions
 from client.zmq_client import Client
 from shared.errors import InvalidRequestError, QueueFullError
-from shared.messages import Done, Failed, Generate, SamplingParams, Token, decode_event, encode
+from shared.messages import Done, Failed, Generate, SamplingParams, Token, decode_events, encode
 from tests.e2e.server import Server
 from tests.e2e.test_server import raw_socket
 
@@ -127,15 +128,25 @@ def test_a_bias_forbids_and_forces_tokens(client: Client, greedy: Done) -> None:
 
 def test_penalties_reduce_repetition(client: Client) -> None:
     plain = client.story("The little bird", temperature=0, max_tokens=200).result()
-    for penalty in ({"repetition_penalty": 1.3}, {"frequency_penalty": 1.0}):
-        changed = client.story("The little bird", temperature=0, max_tokens=200, **penalty).result()
+    penalties: list[SamplingOptions] = [
+        {"temperature": 0, "max_tokens": 200, "repetition_penalty": 1.3},
+        {"temperature": 0, "max_tokens": 200, "frequency_penalty": 1.0},
+    ]
+    for penalty in penalties:
+        changed = client.story("The little bird", **penalty).result()
         assert len(set(changed.token_ids)) / len(changed.token_ids) > len(
             set(plain.token_ids)
         ) / len(plain.token_ids)
 
 
 def test_the_same_request_gives_the_same_tokens_whatever_runs_beside_it(client: Client) -> None:
-    options = {"temperature": 1.1, "top_p": 0.95, "top_k": 80, "seed": 11, "max_tokens": 30}
+    options: SamplingOptions = {
+        "temperature": 1.1,
+        "top_p": 0.95,
+        "top_k": 80,
+        "seed": 11,
+        "max_tokens": 30,
+    }
     alone = client.story(PROMPT, **options).result().token_ids
     others = [client.story("The", temperature=1, max_tokens=60) for _ in range(10)]
     assert client.story(PROMPT, **options).result().token_ids == alone
@@ -154,10 +165,10 @@ def test_the_same_request_gives_the_same_tokens_whatever_runs_beside_it(client: 
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    client: Client, options: dict[str, object], word: str
+    client: Client, options: SamplingOptions, word: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=word):
-        client.story(PROMPT, **options).result()  # type: ignore[arg-type]
+        client.story(PROMPT, **options).result()
 
 
 def test_a_full_queue_refuses_with_a_hint_and_loses_nobody(story_model: Path) -> None:
@@ -171,9 +182,9 @@ def test_a_full_queue_refuses_with_a_hint_and_loses_nobody(story_model: Path) ->
         ends: dict[str, Done | Failed] = {}
         while len(ends) < 12:
             assert socket.poll(30_000)
-            event = decode_event(socket.recv())
-            if isinstance(event, Done | Failed):
-                ends[event.id] = event
+            for event in decode_events(socket.recv()):
+                if isinstance(event, Done | Failed):
+                    ends[event.id] = event
         socket.close()
         refused = [event for event in ends.values() if isinstance(event, Failed)]
         assert refused
@@ -192,7 +203,7 @@ def test_too_many_waiting_prompt_tokens_are_refused(story_model: Path) -> None:
         Client(s.wait_ready()) as client,
     ):
         streams = [client.story("The", temperature=1, max_tokens=300) for _ in range(4)]
+        last = streams.pop()
         with pytest.raises(QueueFullError, match="prompt tokens") as caught:
-            for stream in streams[1:]:
-                stream.result()
+            last.result()
         assert caught.value.retry_after_s is not None

@@ -20,7 +20,7 @@ from shared.messages import (
     Progress,
     SamplingParams,
     Token,
-    decode_event,
+    decode_events,
     encode,
 )
 from tests.e2e.server import Server, run_tpserve, wait_until
@@ -129,9 +129,9 @@ def test_a_waiting_job_is_told_its_position(story_model: Path) -> None:
         positions: list[tuple[str, int | None]] = []
         while not positions:
             assert socket.poll(10_000)
-            event = decode_event(socket.recv())
-            if isinstance(event, Progress):
-                positions.append((event.id, event.position))
+            for event in decode_events(socket.recv()):
+                if isinstance(event, Progress):
+                    positions.append((event.id, event.position))
         assert positions[0][1] == 0
         socket.close()
 
@@ -159,7 +159,7 @@ def test_nonsense_is_answered_and_harms_nobody(address: str, frames: list[bytes]
     socket = raw_socket(address)
     socket.send_multipart(frames)
     assert socket.poll(5000)
-    answer = decode_event(socket.recv())
+    (answer,) = decode_events(socket.recv())
     assert isinstance(answer, Failed)
     assert answer.code == "invalid_value"
     socket.close()

@@ -17,9 +17,10 @@ from shared.messages import (
     SamplingParams,
     Timings,
     Usage,
-    decode_event,
+    decode_events,
     decode_request,
     encode,
+    encode_events,
 )
 
 STORY: dict[str, Any] = {"v": 1, "op": "generate", "id": "a", "kind": "story", "prompt": "x"}
@@ -63,7 +64,7 @@ def test_an_event_survives_the_wire() -> None:
             decode_tokens_per_s=2.0,
         ),
     )
-    assert decode_event(encode(done)) == done
+    assert decode_events(encode_events([done, done])) == [done, done]
 
 
 @pytest.mark.parametrize(

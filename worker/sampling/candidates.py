@@ -12,7 +12,7 @@ from worker.sampling.vocabulary import UNLIMITED, Doubles, Ints, Vocabulary
 
 
 def candidates(own: Floats, count: int, vocabulary: Vocabulary) -> Doubles:
-    """This rank's best `count` tokens: logits [R, 0, count] and ids [R, 1, count], best first.
+    """This rank's `count` best tokens: logits [R, 0, :] and ids [R, 1, :], ids ascending.
 
     own: [R, own tokens] without NaN and +inf. A rank with fewer tokens fills up with -inf.
     """
@@ -20,53 +20,50 @@ def candidates(own: Floats, count: int, vocabulary: Vocabulary) -> Doubles:
     out[:, 0] = -np.inf
     held = min(count, vocabulary.size)
     if held:
-        values, columns = best(own, held)
-        out[:, 0, :held] = values
+        columns = best_columns(own, held)
+        out[:, 0, :held] = own[np.arange(len(own))[:, None], columns]
         out[:, 1, :held] = columns + vocabulary.first_id
     return out
 
 
-def best(logits: Floats, count: int) -> tuple[Floats, Ints]:
-    """The `count` highest of each row, best first, and their columns: [R, count] each.
+def best_columns(logits: Floats, count: int) -> Ints:
+    """Where each row has its `count` highest logits, ascending: [R, count].
 
-    Among equals the lowest column comes first; where they are -inf, any. No NaN, no +inf.
+    Among equals the lowest columns are taken; where they are -inf, any. No NaN, no +inf.
     """
-    rows = np.arange(len(logits))[:, None]
     next_best = logits.shape[1] - count - 1
     if next_best < 0:
-        order = np.argsort(-logits, axis=1, kind="stable")
-        return logits[rows, order], order
-    parted = np.argpartition(logits, next_best, axis=1)[:, next_best:]
-    columns = np.sort(parted[:, 1:], axis=1)
-    values = logits[rows, columns]
-    order = np.argsort(-values, axis=1, kind="stable")
-    values, columns = values[rows, order], columns[rows, order]
-    left_out = logits[rows, parted[:, :1]]
-    # Of several that equal the last, partitioning takes any.
-    tied = (values[:, -1:] == left_out) & (left_out > -np.inf)
-    for row in np.flatnonzero(tied):
-        last = values[row, -1]
-        better = int((values[row] > last).sum())
-        columns[row, better:] = np.flatnonzero(logits[row] == last)[: count - better]
-    return values, columns
+        return np.broadcast_to(np.arange(count), (len(logits), count))
+    parted = logits.argpartition(next_best, axis=1)[:, next_best:]
+    columns = parted[:, 1:].copy()
+    columns.sort(axis=1)
+    # Of several that equal the last one taken, any may have been.
+    rows = np.arange(len(logits))[:, None]
+    last = logits[rows, columns].min(axis=1)
+    tied = (logits[rows[:, 0], parted[:, 0]] == last) & (last > -np.inf)
+    for row in tied.nonzero()[0]:
+        better = np.flatnonzero(logits[row] > last[row])
+        equal = np.flatnonzero(logits[row] == last[row])
+        columns[row] = np.sort(np.concatenate([better, equal[: count - len(better)]]))
+    return columns
 
 
-def merge(values: Doubles, ids: Ints, incomplete: Sequence[int]) -> tuple[Doubles, Ints, Ints]:
-    """Candidates of all ranks [world, R, count] in one order: values and ids [R, world * count].
+def merge(every: Doubles, incomplete: Sequence[int]) -> tuple[Doubles, Ints, Ints]:
+    """The candidates of all ranks [world, R, 2, count], best first: logits, ids [R, world * count].
 
-    Each rank's are in order, and ranks hold ascending ids; -inf fills up. Also returned is how many
-    of each row [R] are surely its best: ranks that are `incomplete` hold more than what they gave.
+    Among equals the lowest id comes first. Also how many of each row are surely the best of all
+    tokens: [R, 1]. The ranks `incomplete` hold more tokens than they gave.
     """
-    world, rows, count = values.shape
-    values = values.transpose(1, 0, 2).reshape(rows, world * count)
-    ids = ids.transpose(1, 0, 2).reshape(rows, world * count)
-    order = np.argsort(-values, axis=1, kind="stable")
+    world, rows, _, count = every.shape
+    values, ids = every.transpose(2, 1, 0, 3).reshape(2, rows, world * count)
+    order = (-values).argsort(axis=1, kind="stable")  # ids ascend: within a rank, and by rank
     at = np.arange(rows)[:, None]
-    values, ids = values[at, order], ids[at, order]
-    if not incomplete:
-        return values, ids, np.full(rows, UNLIMITED)
-    last_given = np.zeros(world * count, dtype=bool)
-    last_given[[rank * count + count - 1 for rank in incomplete]] = True
-    # Behind the last one that a rank gave, one that it did not give may come, unless it is -inf.
-    ends = last_given[order] & (values > -np.inf)
-    return values, ids, np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, UNLIMITED)
+    values, in_order = values[at, order], ids[at, order].astype(np.int64)
+    known = np.full((rows, 1), UNLIMITED)
+    if count:
+        for rank in incomplete:
+            # After the last one that a rank gave may come one that it did not give.
+            given = order // count == rank
+            last = world * count - given[:, ::-1].argmax(axis=1, keepdims=True)
+            known = np.minimum(known, np.where(values[at, last - 1] > -np.inf, last, UNLIMITED))
+    return values, in_order, known

@@ -1,17 +1,16 @@
-"""Top-k, top-p and min-p: each keeps a run of the best tokens, so they are cuts of a sorted row.
+"""Top-k, top-p and min-p: each keeps some of the best tokens, so they are cuts of a sorted row.
 
-Everything here works on R rows at once, and knows of ranks only that candidates come from several.
+Everything here works on R rows at once; arrays of one number for each row are [R, 1].
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from shared.messages import Sampling
-from worker.sampling.noise import Keys, gumbel, noise_keys
-from worker.sampling.vocabulary import UNLIMITED, Doubles, Ints
+from worker.sampling.noise import Keys, noise_keys, perturb
+from worker.sampling.vocabulary import UNLIMITED, Bools, Doubles, Ints
 
 _LOWEST_TEMPERATURE = 1e-200
 """Keeps the largest float32 divided by a temperature within float64."""
@@ -23,19 +22,19 @@ def is_cut(sampling: Sampling) -> bool:
 
 
 def temperatures(sampling: Sequence[Sampling]) -> Doubles:
-    """[R], to divide by."""
-    return np.array([max(s.temperature, _LOWEST_TEMPERATURE) for s in sampling])
+    """What logits are to be divided by: [R, 1]."""
+    return np.array([[max(s.temperature, _LOWEST_TEMPERATURE)] for s in sampling])
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """How R rows are to be cut and drawn from."""
+    """How R rows are to be cut and drawn from; each array is [R, 1]."""
 
     temperature: Doubles
     top_k: Ints
     """UNLIMITED: no such cut."""
     top_p: Doubles
-    """1: no such cut."""
+    """Infinite: no such cut."""
     min_p: Doubles
     """0: no such cut."""
     keys: Keys
@@ -46,13 +45,18 @@ class Cuts:
         """From the parameters of each row and the positions of the tokens to draw."""
         return cls(
             temperature=temperatures(sampling),
-            top_k=np.array([s.top_k or UNLIMITED for s in sampling]),
-            top_p=np.array([s.top_p for s in sampling]),
-            min_p=np.array([s.min_p for s in sampling]),
+            top_k=np.array([[s.top_k or UNLIMITED] for s in sampling]),
+            top_p=np.array([[s.top_p if s.top_p < 1 else np.inf] for s in sampling]),
+            min_p=np.array([[s.min_p] for s in sampling]),
             keys=noise_keys(sampling, positions),
         )
 
-    def rows(self, index: Ints) -> "Cuts":
+    @property
+    def of_all_tokens(self) -> Ints:
+        """The rows whose top-p is of all tokens, not of what top-k leaves."""
+        return np.flatnonzero((self.top_p < 1) & (self.top_k == UNLIMITED))
+
+    def rows(self, index: slice) -> "Cuts":
         """Those of some rows."""
         return Cuts(
             self.temperature[index],
@@ -62,44 +66,33 @@ class Cuts:
             self.keys[index],
         )
 
-    @property
-    def of_all_tokens(self) -> Ints:
-        """The rows whose top-p is of all tokens, not of what top-k leaves."""
-        return np.flatnonzero((self.top_p < 1) & (self.top_k == UNLIMITED))
 
+def keep(values: Doubles, known: Ints, cuts: Cuts, sums: Doubles) -> tuple[Ints, Bools]:
+    """How many tokens of each row remain after all cuts, and whether that is certain: [R, 1] each.
 
-def keep(
-    values: Doubles, known: Ints, cuts: Cuts, sums: Doubles
-) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """How many of each row's tokens remain after all cuts, and whether that is certain: [R] each.
-
-    values: [R, M], best first, of which `known` are surely the best of all. sums: [R], the sum of
-    exp((logit - highest) / temperature) over all tokens; used for `cuts.of_all_tokens` only.
-    Top-k is applied first, then top-p to what it leaves, then min-p relative to the best.
+    values: [R, M], best first, the first one finite; `known` of them are surely the best of all.
+    sums: [R, 1], the sum of exp((logit - highest) / temperature) over all tokens; used for rows with
+    top-p and without top-k. Top-p is of what top-k leaves, min-p relative to the best.
     """
-    highest = values[:, :1]
-    anchors = np.where(highest == -np.inf, 0, highest)
-    weights = np.exp((values - anchors) / cuts.temperature[:, None])
-    running = np.cumsum(weights, axis=1)
+    weights = np.exp((values - values[:, :1]) / cuts.temperature)
+    running = weights.cumsum(axis=1)
     by_rank = np.minimum(cuts.top_k, values.shape[1])
     unlimited = cuts.top_k == UNLIMITED
-    total = np.where(unlimited, sums, running[np.arange(len(values)), by_rank - 1])
-    by_mass = np.where(
-        cuts.top_p < 1, (running < (cuts.top_p * total)[:, None]).sum(axis=1) + 1, UNLIMITED
-    )
-    by_ratio = np.where(cuts.min_p > 0, (weights >= cuts.min_p[:, None]).sum(axis=1), UNLIMITED - 1)
+    total = np.where(unlimited, sums, running[np.arange(len(values))[:, None], by_rank - 1])
+    by_mass = (running < cuts.top_p * total).sum(axis=1, keepdims=True) + 1
+    by_ratio = (weights >= cuts.min_p).sum(axis=1, keepdims=True)
     kept = np.minimum(np.minimum(by_rank, by_mass), by_ratio)
-    # That min-p cuts somewhere shows in the first token it leaves out, top-p's total in all k.
+    # Min-p is seen to cut by the first token that it leaves out, and top-p needs all that top-k left.
     looked_at = np.minimum(np.minimum(cuts.top_k, by_mass), by_ratio + 1)
-    total_known = unlimited | (cuts.top_p == 1) | (cuts.top_k <= known)
-    return kept, (looked_at <= known) & total_known
+    return kept, (looked_at <= known) & (unlimited | (cuts.top_k <= known))
 
 
 def draw(values: Doubles, ids: Ints, kept: Ints, cuts: Cuts) -> Ints:
-    """One of the first `kept` ids of each row, with probability softmax(values / temperature)."""
+    """One of the first `kept` ids of each row [R], with probability softmax(values / temperature)."""
     width = int(kept.max())
     ids = ids[:, :width]
-    scores = values[:, :width] / cuts.temperature[:, None] + gumbel(cuts.keys, ids)
-    scores[np.arange(width) >= kept[:, None]] = -np.inf
+    scores = values[:, :width] / cuts.temperature
+    perturb(scores, cuts.keys, ids)
+    scores[np.arange(width) >= kept] = -np.inf
     chosen: Ints = ids[np.arange(len(ids)), scores.argmax(axis=1)]
     return chosen

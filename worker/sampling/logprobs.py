@@ -18,7 +18,7 @@ def logprobs_of(
     own: [R, own tokens] as the model gave them, without NaN and +inf. Tokens of probability 0 are
     not among the most probable ones.
     """
-    ones = np.ones(len(own))
+    ones = np.ones((len(own), 1))
     chosen = np.full(len(own), -np.inf)
     held = vocabulary.holds(tokens)
     chosen[held] = own[held, vocabulary.own_columns(tokens)]
@@ -31,12 +31,10 @@ def logprobs_of(
     highest, sums = softmax_sums(every_sum, ones, vocabulary)
     log_total = highest + np.log(sums)
     values, ids, _ = merge(every_best, ())
-    chosen_logprobs = (every_chosen.max(axis=0) - log_total).tolist()
+    chosen_logprobs = (every_chosen.max(axis=0) - log_total[:, 0]).tolist()
     found = []
     for row, count in enumerate(top):
         logprobs = (values[row, :count] - log_total[row]).tolist()
-        best = zip(ids[row, :count].astype(int).tolist(), logprobs, strict=True)
-        found.append(
-            TokenLogprobs(chosen_logprobs[row], [(i, p) for i, p in best if p > -np.inf])
-        )
+        best = zip(ids[row, :count].tolist(), logprobs, strict=True)
+        found.append(TokenLogprobs(chosen_logprobs[row], [(i, p) for i, p in best if p > -np.inf]))
     return found

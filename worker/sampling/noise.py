@@ -16,35 +16,49 @@ from worker.sampling.vocabulary import Doubles, Ints
 Keys = npt.NDArray[np.uint64]
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
 
 
 def noise_keys(sampling: Sequence[Sampling], positions: Sequence[int]) -> Keys:
-    """What the noise of each row depends on, apart from the token id: [R]."""
-    seeds = np.array([s.seed for s in sampling], dtype=np.uint64)
-    steps = np.array(positions, dtype=np.uint64) + 1
-    return _mix(_mix(seeds) + steps * _GOLDEN_GAMMA)
+    """What the noise of each row depends on besides the token id: [R, 1]."""
+    keys = [
+        [_mix(_mix(s.seed) + (position + 1) * _GOLDEN_GAMMA)]
+        for s, position in zip(sampling, positions, strict=True)
+    ]
+    return np.array(keys, dtype=np.uint64)
 
 
-def gumbel(keys: Keys, ids: Ints) -> Doubles:
-    """Noise of the token ids [R, M] or [M], the same for all rows, in rows with these keys: [R, M]."""
-    return -np.log(-np.log(uniform(keys, ids)))
+def perturb(scores: Doubles, keys: Keys, ids: Ints) -> None:
+    """Add Gumbel noise to the scores [R, M] of the token ids [R, M] or [M], the same for all rows."""
+    numbers = uniform(keys, ids)
+    np.log(numbers, out=numbers)
+    np.negative(numbers, out=numbers)
+    np.log(numbers, out=numbers)
+    scores -= numbers
 
 
 def uniform(keys: Keys, ids: Ints) -> Doubles:
-    """Numbers in (0, 1): the outputs of SplitMix64 (Steele et al. 2014) begun at `keys`, by id."""
-    bits = _mix(keys[:, None] + (ids.astype(np.uint64) + 1) * _GOLDEN_GAMMA)
-    bits >>= 11
-    numbers: Doubles = bits.view(np.int64).astype(np.float64)  # faster than from unsigned ones
+    """Numbers in (0, 1) [R, M]: the outputs of SplitMix64 (Steele et al. 2014) begun at `keys`."""
+    z = ids.astype(np.uint64)
+    z += 1
+    z *= _GOLDEN_GAMMA
+    z = z + keys
+    z ^= z >> 30
+    z *= _FIRST_FACTOR
+    z ^= z >> 27
+    z *= _SECOND_FACTOR
+    z ^= z >> 31
+    z >>= 11
+    numbers: Doubles = z.view(np.int64).astype(np.float64)  # faster than from unsigned ones
     numbers += 0.5
     numbers *= 2.0**-53
     return numbers
 
 
-def _mix(z: Keys) -> Keys:
-    """SplitMix64's output function, in place."""
-    z ^= z >> 30
-    z *= 0xBF58476D1CE4E5B9
-    z ^= z >> 27
-    z *= 0x94D049BB133111EB
-    z ^= z >> 31
-    return z
+def _mix(z: int) -> int:
+    """SplitMix64's output function, as in `uniform`, for a plain integer."""
+    z &= _WORD
+    z = ((z ^ (z >> 30)) * _FIRST_FACTOR) & _WORD
+    z = ((z ^ (z >> 27)) * _SECOND_FACTOR) & _WORD
+    return z ^ (z >> 31)

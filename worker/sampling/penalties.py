@@ -14,6 +14,7 @@ class TokenCounts:
     """How often one sequence has had each of this rank's tokens."""
 
     def __init__(self, history: History, vocabulary: Vocabulary) -> None:
+        self._first_id = vocabulary.first_id
         prompt = vocabulary.own_columns(_token_ids(history.prompt))
         output = vocabulary.own_columns(_token_ids(history.output))
         self.output = np.bincount(output, minlength=vocabulary.size).astype(np.float32)
@@ -22,10 +23,12 @@ class TokenCounts:
         """[own tokens]; in the prompt or the output."""
         self.seen[prompt] = True
 
-    def add(self, column: int) -> None:
-        """Another token of the output."""
-        self.output[column] += 1
-        self.seen[column] = True
+    def add(self, token: int) -> None:
+        """One more token of the output, which may be another rank's, or none (negative)."""
+        column = token - self._first_id
+        if 0 <= column < len(self.output):
+            self.output[column] += 1
+            self.seen[column] = True
 
     def penalise(self, logits: Floats, sampling: Sampling) -> None:
         """Change one row [own tokens] in place.

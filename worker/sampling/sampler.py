@@ -14,13 +14,14 @@ import torch
 
 from shared.messages import History, Sampling, TokenLogprobs
 from worker.comm.base import Communicator, Floats
-from worker.sampling.candidates import best, candidates, merge
+from worker.sampling.candidates import best_columns, candidates, merge
 from worker.sampling.cuts import Cuts, draw, is_cut, keep, temperatures
 from worker.sampling.logprobs import logprobs_of
-from worker.sampling.noise import gumbel, noise_keys
+from worker.sampling.noise import noise_keys, perturb
 from worker.sampling.penalties import TokenCounts, change_logits, changes_logits
 from worker.sampling.vocabulary import (
     UNLIMITED,
+    Bools,
     Doubles,
     Ints,
     Vocabulary,
@@ -75,7 +76,10 @@ class Sampler:
         sequences' counts penalties use, and add the token to.
         """
         own: Floats = logits.numpy()
-        plain, cut, changed, reported = [], [], [], []
+        plain: list[int] = []
+        cut: list[int] = []
+        changed: list[int] = []
+        reported: list[int] = []
         for row, s in enumerate(sampling):
             if s.temperature > 0:
                 (cut if is_cut(s) else plain).append(row)
@@ -83,12 +87,150 @@ class Sampler:
                 changed.append(row)
             if s.logprobs >= 0:
                 reported.append(row)
-        unchanged = own[reported] if reported else own[:0]
+        models_own = own[reported] if reported else own[:0]  # before any change; a copy
         for row in changed:
             s = sampling[row]
             counts = self._counts[slots[row]] if s.penalises else None
             change_logits(own[row], s, positions[row], counts, self._vocabulary)
-        scores = self._best(own)
+        tokens = self._choose(own, sampling, positions, plain, cut)
+        for row in changed:
+            if sampling[row].penalises:
+                self._counts[slots[row]].add(int(tokens[row]))
+        logprobs = self._logprobs(models_own, reported, tokens, sampling) if reported else []
+        return Sampled(tokens.tolist(), logprobs)
+
+    def _choose(
+        self,
+        own: Floats,
+        sampling: Sequence[Sampling],
+        positions: Sequence[int],
+        plain: Sequence[int],
+        cut: Sequence[int],
+    ) -> Ints:
+        """Tokens [B]; rows that are neither `plain` nor `cut` are greedy."""
+        scores = self._best_scores(own)
         if plain:
             self._perturb(scores, own, plain, sampling, positions)
-        tokens = self._choose(...)
+        if not cut:
+            return _winners(*gather(self._comm, scores))
+        mine = own if len(cut) == len(own) else own[cut]
+        cuts = Cuts.of([sampling[row] for row in cut], [positions[row] for row in cut])
+        mine[~(scores[cut, 0] < np.inf)] = 0  # these rows get no token, whatever is drawn
+        ranks_scores, ranks_best, sums = self._exchange(scores, mine, cuts)
+        tokens = _winners(ranks_scores)
+        valid = tokens[cut] != NOT_FINITE
+        drawn = self._draw(mine, cuts, ranks_best, sums, valid)
+        tokens[cut] = np.where(valid, drawn, NOT_FINITE)
+        return tokens
+
+    def _exchange(
+        self, scores: Doubles, cut: Floats, cuts: Cuts
+    ) -> tuple[Doubles, Doubles, Doubles]:
+        """One collective: all ranks' scores and candidates, and the cut rows' softmax sums [R, 1]."""
+        count = _candidates_for(cuts, max(self._vocabulary.sizes))
+        best = candidates(cut, count, self._vocabulary)
+        sums = np.ones((len(cut), 1))
+        rows = cuts.of_all_tokens
+        if not len(rows):
+            ranks_scores, ranks_best = gather(self._comm, scores, best)
+            return ranks_scores, ranks_best, sums
+        heat = cuts.temperature[rows]
+        own_sums = partial_sums(cut[rows], heat, self._vocabulary)
+        ranks_scores, ranks_best, ranks_sums = gather(self._comm, scores, best, own_sums)
+        sums[rows] = softmax_sums(ranks_sums, heat, self._vocabulary)[1]
+        return ranks_scores, ranks_best, sums
+
+    def _best_scores(self, own: Floats) -> Doubles:
+        """The highest own logit and its id for each row: [B, 2]. NaN counts as the highest."""
+        scores = np.empty((len(own), 2))
+        if not own.size:
+            scores[:] = -np.inf, self._vocabulary.first_id
+            return scores
+        columns = own.argmax(axis=1)  # the lowest id among equals
+        scores[:, 0] = own[np.arange(len(own)), columns]
+        scores[:, 1] = columns + self._vocabulary.first_id
+        return scores
+
+    def _perturb(
+        self,
+        scores: Doubles,
+        own: Floats,
+        rows: Sequence[int],
+        sampling: Sequence[Sampling],
+        positions: Sequence[int],
+    ) -> None:
+        """Rows that sample from all tokens: the best of logit / temperature + noise instead.
+
+        Scores that are not finite stay.
+        """
+        rows = [row for row in rows if np.isfinite(scores[row, 0])]
+        heat = temperatures([sampling[row] for row in rows])
+        keys = noise_keys([sampling[row] for row in rows], [positions[row] for row in rows])
+        ids = self._vocabulary.first_id + np.arange(self._vocabulary.size)
+        at_once = max(1, _BLOCK // max(1, len(ids)))
+        for start in range(0, len(rows), at_once):
+            block = rows[start : start + at_once]
+            noisy = own[block] / heat[start : start + at_once]
+            perturb(noisy, keys[start : start + at_once], ids)
+            columns = noisy.argmax(axis=1)
+            scores[block, 0] = noisy[np.arange(len(block)), columns]
+            scores[block, 1] = ids[columns]
+
+    def _draw(
+        self, own: Floats, cuts: Cuts, ranks_best: Doubles, sums: Doubles, wanted: Bools
+    ) -> Ints:
+        """Tokens [R] from the best of all ranks; where those do not suffice, from whole rows."""
+        count = ranks_best.shape[-1]
+        incomplete = [rank for rank, size in enumerate(self._vocabulary.sizes) if size > count]
+        values, ids, known = merge(ranks_best, incomplete)
+        values[~wanted] = 0
+        kept, certain = keep(values, known, cuts, sums)
+        tokens = draw(values, ids, np.where(certain, kept, 1), cuts)
+        unsure = np.flatnonzero(wanted & ~certain[:, 0])
+        if len(unsure):
+            rows = whole_rows(self._comm, self._vocabulary, own[unsure])
+            for row, logits in zip(unsure, rows, strict=True):
+                one = slice(row, row + 1)
+                tokens[one] = _draw_from_whole(logits[None], cuts.rows(one), sums[one])
+        return tokens
+
+    def _logprobs(
+        self,
+        own: Floats,
+        reported: Sequence[int],
+        tokens: Ints,
+        sampling: Sequence[Sampling],
+    ) -> list[TokenLogprobs | None]:
+        """Of the rows `reported`; `own` are their logits [R, own tokens]."""
+        found: list[TokenLogprobs | None] = [None] * len(tokens)
+        valid = tokens[reported] != NOT_FINITE
+        if valid.any():
+            rows = np.array(reported)[valid]
+            top = [sampling[row].logprobs for row in rows]
+            of_rows = logprobs_of(self._comm, self._vocabulary, own[valid], tokens[rows], top)
+            for row, logprobs in zip(rows, of_rows, strict=True):
+                found[row] = logprobs
+        return found
+
+
+def _winners(every: Doubles) -> Ints:
+    """The ids of the best scores [world, B, 2]: [B], NOT_FINITE where the best is no number."""
+    # argmax: NaN counts as the highest; the lowest rank, so the lowest id, among equals.
+    best_of_all = every[every[:, :, 0].argmax(axis=0), np.arange(every.shape[1])]
+    finite = np.isfinite(best_of_all[:, 0])
+    return np.where(finite, best_of_all[:, 1], NOT_FINITE).astype(np.int64)
+
+
+def _candidates_for(cuts: Cuts, most: int) -> int:
+    """How many tokens each rank gives, at `most`."""
+    needed = np.where(cuts.top_k <= _MOST_CANDIDATES, cuts.top_k, _CANDIDATES)
+    return min(int(needed.max()), most)
+
+
+def _draw_from_whole(logits: Floats, cuts: Cuts, sums: Doubles) -> Ints:
+    """A token [1] from whole logits [1, vocabulary]."""
+    values = -np.sort(-logits, axis=1).astype(np.float64)
+    kept, _ = keep(values, np.array([[UNLIMITED]]), cuts, sums)
+    # Sorted without ids, because that takes a tenth of the time.
+    ids = best_columns(logits, int(kept[0, 0]))
+    return draw(logits[:, ids[0]].astype(np.float64), ids, kept, cuts)

@@ -13,6 +13,7 @@ from worker.comm.base import Communicator, Floats
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 UNLIMITED = sys.maxsize
 """More tokens than any vocabulary has."""
@@ -37,7 +38,7 @@ class Vocabulary:
         self.shard_starts = np.cumsum(self.shard_lengths) - self.shard_lengths
         """Where they begin among this rank's logits."""
 
-    def holds(self, ids: Ints) -> npt.NDArray[np.bool_]:
+    def holds(self, ids: Ints) -> Bools:
         """Which of these token ids are this rank's."""
         return (ids >= self.first_id) & (ids < self.first_id + self.size)
 
@@ -52,9 +53,12 @@ def gather(comm: Communicator, *arrays: Doubles) -> list[Doubles]:
         return [np.asarray(comm.exchange_small(arrays[0]), dtype=np.float64)]
     joined = np.concatenate([array.ravel() for array in arrays])
     every = np.asarray(comm.exchange_small(joined), dtype=np.float64)
-    ends = np.cumsum([array.size for array in arrays])
-    pieces = np.split(every, ends[:-1], axis=1)
-    return [p.reshape(comm.world, *a.shape) for p, a in zip(pieces, arrays, strict=True)]
+    gathered, start = [], 0
+    for array in arrays:
+        piece = every[:, start : start + array.size]
+        gathered.append(piece.reshape(comm.world, *array.shape))
+        start += array.size
+    return gathered
 
 
 def whole_rows(comm: Communicator, vocabulary: Vocabulary, own: Floats) -> Floats:
@@ -70,9 +74,9 @@ def whole_rows(comm: Communicator, vocabulary: Vocabulary, own: Floats) -> Float
 def partial_sums(own: Floats, temperature: Doubles, vocabulary: Vocabulary) -> Doubles:
     """What `softmax_sums` needs to know of this rank: [R, virtual shards, 2].
 
-    own: [R, own tokens] without NaN and +inf. For each virtual shard it is the highest logit, and
-    the sum of exp((logit - highest) / temperature). By virtual shard, because then the bits of the
-    total do not depend on how many ranks there are.
+    own: [R, own tokens] without NaN and +inf; temperature: [R, 1]. For each virtual shard it is the
+    highest logit, and the sum of exp((logit - highest) / temperature). By virtual shard, because then
+    the bits of the total do not depend on how many ranks there are.
     """
     sums = np.zeros((len(own), max(vocabulary.shards_per_rank), 2))
     sums[:, :, 0] = -np.inf
@@ -80,8 +84,9 @@ def partial_sums(own: Floats, temperature: Doubles, vocabulary: Vocabulary) -> D
         highest = np.maximum.reduceat(own, vocabulary.shard_starts, axis=1)
         # Where there is nothing but -inf, -inf is to be taken off 0 and not off itself.
         anchors = np.where(highest == -np.inf, 0, highest)
-        weights = own - np.repeat(anchors.astype(np.float64), vocabulary.shard_lengths, axis=1)
-        weights /= temperature[:, None]
+        weights = np.repeat(anchors.astype(np.float64), vocabulary.shard_lengths, axis=1)
+        np.subtract(own, weights, out=weights)
+        weights /= temperature
         np.exp(weights, out=weights)
         count = highest.shape[1]
         sums[:, :count, 0] = highest
@@ -94,12 +99,12 @@ def softmax_sums(
 ) -> tuple[Doubles, Doubles]:
     """The partial sums of all ranks [world, R, virtual shards, 2] put together.
 
-    Returns the highest logit [R] and the sum of exp((logit - highest) / temperature) [R] over the
-    whole vocabulary; 0 and 0 where there is nothing but -inf.
+    Returns the highest logit and the sum of exp((logit - highest) / temperature) over the whole
+    vocabulary, [R, 1] each; 0 and 0 where there is nothing but -inf.
     """
     in_order = [sums[:, :n] for sums, n in zip(every, vocabulary.shards_per_rank, strict=True)]
     shards = np.concatenate(in_order, axis=1)
-    highest = shards[:, :, 0].max(axis=1)
+    highest = shards[:, :, 0].max(axis=1, keepdims=True)
     highest[highest == -np.inf] = 0
-    scales = np.exp((shards[:, :, 0] - highest[:, None]) / temperature[:, None])
-    return highest, (shards[:, :, 1] * scales).sum(axis=1)
+    scales = np.exp((shards[:, :, 0] - highest) / temperature)
+    return highest, (shards[:, :, 1] * scales).sum(axis=1, keepdims=True)
