@@ -62,7 +62,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 64
     max_batched_tokens: Annotated[
         int, Meta(ge=16, le=1 << 20, description="tokens computed in one step at most")
-    ] = 512
+    ] = 256
     kv_memory: Annotated[
         str,
         Meta(description="KV cache of all models per worker, such as 2G; auto: a share of free"),
