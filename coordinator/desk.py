@@ -1,0 +1,258 @@
+"""The clients' side of the engine: jobs from their request to their last event.
+
+Knows nothing of steps and workers. Every accepted job gets exactly one `done`, `failed` or
+`cancelled` event, whatever happens to it.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+
+from coordinator.frontend import Frontend, failed
+from coordinator.intake import Intake, test_job
+from coordinator.job import Job
+from coordinator.jobs import refuse_if_full
+from coordinator.metrics import Metrics
+from coordinator.sequence import Sequence
+from coordinator.served_model import ServedModel
+from shared.config import Settings
+from shared.errors import (
+    InvalidRequestError,
+    JobNotFoundError,
+    NotReadyError,
+    SlowReaderError,
+    TpserveError,
+)
+from shared.messages import (
+    Cancel,
+    Cancelled,
+    Event,
+    Generate,
+    GetHealth,
+    GetStatus,
+    ListModels,
+    Models,
+    Progress,
+    Queued,
+    Started,
+    Token,
+    TokenLogprobs,
+)
+
+log = logging.getLogger("coordinator.desk")
+
+_REPORT_INTERVAL_S = 1.0
+_NOBODY = b""
+"""The client of the server's own test jobs."""
+
+
+class Desk:
+    """All jobs that have not ended, and the way to their clients."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Mapping[str, ServedModel],
+        frontend: Frontend,
+        metrics: Metrics,
+    ) -> None:
+        self.open = False
+        """Whether new jobs are taken."""
+        self._settings, self._models = settings, models
+        self._frontend, self._metrics = frontend, metrics
+        self._intake = Intake(models)
+        self.wake_fd = self._intake.wake_fd
+        """Becomes readable when `take_prepared` has something to do."""
+        self._preparing: set[tuple[bytes, str]] = set()
+        self._jobs: dict[tuple[bytes, str], Job] = {}
+        self._next_report = 0.0
+
+    def take_requests(self) -> list[tuple[bytes, GetStatus | GetHealth]]:
+        """Answer what clients ask; returned are questions about the server as a whole."""
+        questions: list[tuple[bytes, GetStatus | GetHealth]] = []
+        for client, request in self._frontend.requests():
+            try:
+                match request:
+                    case Generate():
+                        self._submit(client, request)
+                    case Cancel():
+                        self._cancel(client, request)
+                    case ListModels():
+                        infos = [model.info() for model in self._models.values()]
+                        self.publish(client, Models(id=request.id, models=infos))
+                    case GetStatus() | GetHealth():
+                        questions.append((client, request))
+            except TpserveError as error:
+                self._frontend.refuse(client, request.id, error)
+        return questions
+
+    def take_prepared(self) -> None:
+        """Queue the jobs that have been prepared in the meantime."""
+        for prepared in self._intake.prepared():
+            key = (prepared.client, prepared.request_id)
+            if key not in self._preparing:
+                continue  # cancelled or failed in the meantime
+            self._preparing.remove(key)
+            try:
+                if isinstance(prepared.outcome, TpserveError):
+                    raise prepared.outcome
+                self._enqueue(prepared.outcome)
+            except TpserveError as error:
+                self._frontend.refuse(*key, error)
+
+    def start_test_jobs(self) -> None:
+        """Queue a job of one token for every model, to see that the workers compute."""
+        for model in self._models.values():
+            test = test_job(_NOBODY, model)
+            self._jobs[test.key] = test
+            model.queue.add(test)
+
+    def started(self, job: Job) -> None:
+        """The first step of a job is on its way."""
+        job.started_at = time.monotonic()
+        self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=job.prompt_tokens))
+        for sequence in job.sequences if job.request.params.echo else ():
+            prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)
+            self._stream(job, prompt)
+
+    def sampled(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        """A sequence has got its next token, and perhaps its last one."""
+        job = self._jobs[sequence.job_key]
+        if token < 0:
+            self._fail(job, TpserveError("the model computed values that are not numbers"))
+            return
+        text = sequence.append(token)
+        self._metrics.totals.tokens_generated += 1
+        details = []
+        if logprobs is not None:
+            details = [self._models[job.model].text.describe(token, logprobs)]
+            sequence.logprobs += details
+        if job.request.stream:
+            event = Token(
+                id=job.id, text=text, token_ids=[token], index=sequence.index, logprobs=details
+            )
+            self.publish(job.client, event)
+        if sequence.finish_reason is not None:
+            self._finish(job, sequence)
+
+    @property
+    def tests_pending(self) -> bool:
+        """Whether a test job is still under way."""
+        return any(client is _NOBODY for client, _ in self._jobs)
+
+    def fail_all(self, error: TpserveError) -> None:
+        """No job survives: each of them ends in a failed event."""
+        waiting = [*self._preparing, *(key for key in self._jobs if key[0] is not _NOBODY)]
+        for job in list(self._jobs.values()):
+            self._end(job)
+        self._preparing.clear()
+        for client, request_id in waiting:
+            self.publish(client, failed(request_id, error))
+
+    def publish(self, client: bytes, event: Event) -> None:
+        """Have an event sent with the next `flush`."""
+        if client is not _NOBODY:
+            self._frontend.publish(client, event)
+
+    def report_progress(self) -> None:
+        """Once a second tell silent jobs' clients that all is well, and notice who has gone."""
+        now = time.monotonic()
+        if now < self._next_report:
+            return
+        self._next_report = now + _REPORT_INTERVAL_S
+        self._frontend.send_owed()
+        silent = [(j, None) for j in self._jobs.values() if j.started_at and not j.request.stream]
+        waiting = [item for model in self._models.values() for item in model.queue.positions()]
+        for job, position in [*silent, *waiting]:
+            new = sum(sequence.new_tokens for sequence in job.sequences)
+            event = Progress(id=job.id, position=position, new_tokens=new)
+            self.publish(job.client, event)
+
+    def flush(self) -> None:
+        """Send what was published; the jobs of clients that do not take it end."""
+        for client, gone in self._frontend.flush():
+            self._drop(client, gone)
+
+    def close(self) -> None:
+        """Give up what is being prepared."""
+        self._intake.close()
+
+    def _submit(self, client: bytes, request: Generate) -> None:
+        key = (client, request.id)
+        if key in self._preparing or key in self._jobs:
+            raise InvalidRequestError(f"a job with the id {request.id!r} is under way already")
+        if not self.open:
+            raise NotReadyError("the workers are being started: try again in a moment")
+        waiting = sum(len(model.queue) for model in self._models.values()) + len(self._preparing)
+        limit, retry = self._settings.queue_limit, self._metrics.retry_after_s()
+        refuse_if_full(waiting, limit, "jobs", "--queue-limit", retry)
+        self._intake.submit(client, request)
+        self._preparing.add(key)
+
+    def _enqueue(self, job: Job) -> None:
+        tokens = sum(model.queue.tokens for model in self._models.values())
+        limit, retry = self._settings.queue_tokens, self._metrics.retry_after_s()
+        refuse_if_full(tokens, limit, "prompt tokens", "--queue-tokens", retry)
+        self._jobs[job.key] = job
+        position = self._models[job.model].queue.add(job)
+        self._stream(job, Queued(id=job.id, position=position))
+
+    def _cancel(self, client: bytes, request: Cancel) -> None:
+        key = (client, request.job)
+        if key in self._preparing:
+            self._preparing.remove(key)
+            self.publish(client, Cancelled(id=request.job))
+        elif (job := self._jobs.get(key)) is not None:
+            self._end(job)
+            self.publish(client, job.cancelled())
+        else:
+            raise JobNotFoundError(f"no job with the id {request.job!r} is under way")
+        self.publish(client, Cancelled(id=request.id))
+
+    def _stream(self, job: Job, event: Event) -> None:
+        """Send an event that only streaming clients want."""
+        if job.request.stream:
+            self.publish(job.client, event)
+
+    def _drop(self, client: bytes, gone: bool) -> None:
+        """A client is gone or does not read: its jobs end."""
+        dropped = [job for job in self._jobs.values() if job.client == client]
+        for job in dropped:
+            self._end(job)
+        if not gone:
+            error = SlowReaderError("too many events wait to be read: the job was ended")
+            self._frontend.owe(client, [failed(job.id, error) for job in dropped])
+        self._preparing = {key for key in self._preparing if key[0] != client}
+        if dropped:
+            why = "went away" if gone else "does not read"
+            log.info("a client %s; %d of its jobs were ended", why, len(dropped))
+
+    def _finish(self, job: Job, sequence: Sequence) -> None:
+        scheduler = self._models[job.model].scheduler
+        assert scheduler is not None, "it has just computed"
+        scheduler.end(sequence)
+        if not job.finished:
+            return
+        del self._jobs[job.key]
+        if job.client is not _NOBODY:
+            done = job.done()
+            self._metrics.job_done(done.timings)
+            self.publish(job.client, done)
+
+    def _fail(self, job: Job, error: TpserveError) -> None:
+        self._end(job)
+        if job.client is _NOBODY:
+            raise TpserveError(f"model {job.model}: {error.message}")
+        self.publish(job.client, failed(job.id, error))
+
+    def _end(self, job: Job) -> None:
+        """Forget a job that is done, failed or cancelled; what it holds is given back."""
+        del self._jobs[job.key]
+        model = self._models[job.model]
+        if not job.started_at:
+            model.queue.remove(job)
+            return
+        assert model.scheduler is not None, "jobs start only while their model is loaded"
+        for sequence in job.sequences:
+            if not sequence.finished:
+                model.scheduler.end(sequence)
