@@ -5,6 +5,7 @@ messages one by one, so that it reads in order while the engine's loop goes on s
 """
 
 import logging
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ class Cluster:
         self.ready = False
         """All models are loaded; no token may have been computed yet."""
         self._bringing_up: Conversation | None = None
-        self._shm_fd = create_shm_region(settings.workers) if settings.comm == "shm" else None
+        self._shm_fd: int | None = None
 
     def start(self) -> None:
         """Start a new epoch; `ready` becomes true when every rank has loaded every model."""
@@ -95,6 +96,9 @@ class Cluster:
         self.ready = False
         world = self._settings.workers
         log.info("starting %d workers (epoch %d)", world, self.epoch)
+        self._release_region()
+        if self._settings.comm == "shm":
+            self._shm_fd = create_shm_region(world)
         self.supervisor.start(world, self.epoch, self._address, self._shm_fd)
         self._bringing_up = self._bring_up()
         next(self._bringing_up)
@@ -144,6 +148,12 @@ class Cluster:
     def close(self) -> None:
         """Release the socket; `stop` comes first."""
         self.socket.close(0)
+        self._release_region()
+
+    def _release_region(self) -> None:
+        if self._shm_fd is not None:
+            os.close(self._shm_fd)
+            self._shm_fd = None
 
     def _bring_up(self) -> Conversation:
         yield from self._hear_all(Hello)

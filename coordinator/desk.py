@@ -63,7 +63,7 @@ class Desk:
         self._intake = Intake(models)
         self.wake_fd = self._intake.wake_fd
         """Becomes readable when `take_prepared` has something to do."""
-        self._preparing: set[tuple[bytes, str]] = set()
+        self._preparing: dict[tuple[bytes, str], Generate] = {}
         self._jobs: dict[tuple[bytes, str], Job] = {}
         self._next_report = 0.0
 
@@ -89,10 +89,10 @@ class Desk:
     def take_prepared(self) -> None:
         """Queue the jobs that have been prepared in the meantime."""
         for prepared in self._intake.prepared():
-            key = (prepared.client, prepared.request_id)
-            if key not in self._preparing:
+            key = (prepared.client, prepared.request.id)
+            if self._preparing.get(key) is not prepared.request:
                 continue  # cancelled or failed in the meantime
-            self._preparing.remove(key)
+            del self._preparing[key]
             try:
                 if isinstance(prepared.outcome, TpserveError):
                     raise prepared.outcome
@@ -161,7 +161,8 @@ class Desk:
             return
         self._next_report = now + _REPORT_INTERVAL_S
         self._frontend.send_owed()
-        silent = [(j, None) for j in self._jobs.values() if j.started_at and not j.request.stream]
+        quiet_since = now - _REPORT_INTERVAL_S
+        silent = [(j, None) for j in self._jobs.values() if j.started_at and j.quiet(quiet_since)]
         waiting = [item for model in self._models.values() for item in model.queue.positions()]
         for job, position in [*silent, *waiting]:
             new = sum(sequence.new_tokens for sequence in job.sequences)
@@ -173,10 +174,6 @@ class Desk:
         for client, gone in self._frontend.flush():
             self._drop(client, gone)
 
-    def close(self) -> None:
-        """Give up what is being prepared."""
-        self._intake.close()
-
     def _submit(self, client: bytes, request: Generate) -> None:
         key = (client, request.id)
         if key in self._preparing or key in self._jobs:
@@ -187,7 +184,7 @@ class Desk:
         limit, retry = self._settings.queue_limit, self._metrics.retry_after_s()
         refuse_if_full(waiting, limit, "jobs", "--queue-limit", retry)
         self._intake.submit(client, request)
-        self._preparing.add(key)
+        self._preparing[key] = request
 
     def _enqueue(self, job: Job) -> None:
         tokens = sum(model.queue.tokens for model in self._models.values())
@@ -200,7 +197,7 @@ class Desk:
     def _cancel(self, client: bytes, request: Cancel) -> None:
         key = (client, request.job)
         if key in self._preparing:
-            self._preparing.remove(key)
+            del self._preparing[key]
             self.publish(client, Cancelled(id=request.job))
         elif (job := self._jobs.get(key)) is not None:
             self._end(job)
@@ -217,15 +214,18 @@ class Desk:
     def _drop(self, client: bytes, gone: bool) -> None:
         """A client is gone or does not read: its jobs end."""
         dropped = [job for job in self._jobs.values() if job.client == client]
+        preparing = [key for key in self._preparing if key[0] == client]
         for job in dropped:
             self._end(job)
+        for key in preparing:
+            del self._preparing[key]
         if not gone:
             error = SlowReaderError("too many events wait to be read: the job was ended")
-            self._frontend.owe(client, [failed(job.id, error) for job in dropped])
-        self._preparing = {key for key in self._preparing if key[0] != client}
-        if dropped:
+            ended = [*(job.id for job in dropped), *(key[1] for key in preparing)]
+            self._frontend.owe(client, [failed(job_id, error) for job_id in ended])
+        if dropped or preparing:
             why = "went away" if gone else "does not read"
-            log.info("a client %s; %d of its jobs were ended", why, len(dropped))
+            log.info("a client %s; %d jobs were ended", why, len(dropped) + len(preparing))
 
     def _finish(self, job: Job, sequence: Sequence) -> None:
         scheduler = self._models[job.model].scheduler

@@ -101,7 +101,6 @@ class Engine:
         self._give_up_steps(NotReadyError(reason))
         self._desk.flush()
         self.cluster.stop(grace_s=3.0)
-        self._desk.close()
         self._watch.close()
 
     def _answer(self, questions: Iterable[tuple[bytes, GetStatus | GetHealth]]) -> None:
@@ -212,8 +211,11 @@ class Engine:
 
     def _workers_failed(self, error: TpserveError) -> None:
         """Give up the workers of this epoch, tell their clients, and start new ones."""
+        if self._stop_requested:
+            return  # whoever stops the server may have stopped the workers too
         log.error("%s", error.message)
         self._give_up_steps(error)
+        self._desk.flush()
         never_ready = self.cluster.epoch == 1 and not self.ready
         self.ready = self._desk.open = False
         self.cluster.stop(grace_s=0.0)

@@ -7,6 +7,7 @@ import zmq
 
 from shared.errors import TpserveError
 from shared.messages import (
+    TERMINAL_EVENTS,
     BadRequestError,
     Event,
     Failed,
@@ -69,6 +70,8 @@ class Frontend:
             problem = self._send(client, events)
             if problem is not None:
                 problems.append((client, problem == zmq.EHOSTUNREACH))
+            if problem == zmq.EAGAIN:
+                self.owe(client, [e for e in events if isinstance(e, TERMINAL_EVENTS)])
         self._outgoing.clear()
         return problems
 

@@ -6,11 +6,12 @@ order in which the requests came.
 
 import os
 import secrets
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from coordinator.job import Job
 from coordinator.sequence import Sequence
@@ -30,7 +31,7 @@ class Prepared:
     """A finished preparation: the job, or why there is none."""
 
     client: bytes
-    request_id: str
+    request: Generate
     outcome: Job | TpserveError
 
 
@@ -39,25 +40,22 @@ class Intake:
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._models = models
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="intake")
+        self._orders: SimpleQueue[tuple[bytes, Generate, ServedModel]] = SimpleQueue()
         self._finished: deque[Prepared] = deque()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Becomes readable when something has been prepared."""
+        # A daemon: a template that never ends must not keep the server from stopping.
+        threading.Thread(target=self._run, name="intake", daemon=True).start()
 
     def submit(self, client: bytes, request: Generate) -> None:
         """Start preparing. Raises ModelNotFoundError at once."""
         model = self._find(request)
-        self._thread.submit(self._run, client, request, model)
+        self._orders.put((client, request, model))
 
     def prepared(self) -> Iterator[Prepared]:
         """Everything that has been prepared since the last call."""
         while self._finished:
             yield self._finished.popleft()
-
-    def close(self) -> None:
-        """Give up what has not been prepared yet."""
-        self._thread.shutdown(cancel_futures=True)
-        os.close(self.wake_fd)
 
     def _find(self, request: Generate) -> ServedModel:
         name = request.model or (
@@ -68,16 +66,18 @@ class Intake:
             raise ModelNotFoundError(f"model {name!r} is not loaded; loaded are: {loaded}")
         return self._models[name]
 
-    def _run(self, client: bytes, request: Generate, model: ServedModel) -> None:
-        outcome: Job | TpserveError
-        try:
-            outcome = prepare(client, request, model)
-        except TpserveError as error:
-            outcome = error
-        except Exception as error:  # noqa: BLE001 - the thread's last resort: the client must hear
-            outcome = TpserveError(f"the request could not be prepared: {error}")
-        self._finished.append(Prepared(client, request.id, outcome))
-        os.eventfd_write(self.wake_fd, 1)
+    def _run(self) -> None:
+        while True:
+            client, request, model = self._orders.get()
+            outcome: Job | TpserveError
+            try:
+                outcome = prepare(client, request, model)
+            except TpserveError as error:
+                outcome = error
+            except Exception as error:  # noqa: BLE001 - the thread's last resort: the client must hear
+                outcome = TpserveError(f"the request could not be prepared: {error}")
+            self._finished.append(Prepared(client, request, outcome))
+            os.eventfd_write(self.wake_fd, 1)
 
 
 def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:

@@ -41,6 +41,12 @@ class Job:
         """Whether every answer has ended."""
         return all(sequence.finished for sequence in self.sequences)
 
+    def quiet(self, since: float) -> bool:
+        """Whether a started job has sent its client nothing since then."""
+        return not self.request.stream or all(
+            sequence.last_token_at < since for sequence in self.sequences
+        )
+
     def done(self) -> Done:
         """The event that ends a job well."""
         return Done(
@@ -71,10 +77,15 @@ class Job:
         prefill, decode = max(first - self.started_at, 1e-9), last - first
         computed = self.prompt_tokens - self.sequences[0].cached_tokens
         decoded = sum(sequence.new_tokens for sequence in self.sequences) - 1
+        gaps = [
+            (s.last_token_at - s.first_token_at) / (s.new_tokens - 1)
+            for s in self.sequences
+            if s.new_tokens > 1
+        ]
         return Timings(
             queue_s=self.started_at - self.queued_at,
             ttft_s=first - self.queued_at,
-            time_per_token_s=decode / decoded if decoded else 0.0,
+            time_per_token_s=sum(gaps) / len(gaps) if gaps else 0.0,
             prefill_s=prefill,
             decode_s=decode,
             prefill_tokens_per_s=computed / prefill,

@@ -14,6 +14,7 @@ from coordinator.served_model import ServedModel
 from shared.config import Settings
 from shared.messages import Percentiles, Status, Timings, Totals, WorkerStatus
 
+VERSION = version("tpserve")
 _LAST_JOBS = 512
 
 
@@ -59,7 +60,7 @@ def describe(
     schedulers = [m.scheduler for m in models.values() if m.scheduler is not None]
     return Status(
         id=request_id,
-        version=version("tpserve"),
+        version=VERSION,
         ready=ready,
         uptime_s=time.monotonic() - metrics.started_at,
         pid=os.getpid(),

@@ -31,17 +31,16 @@ class RunDir:
             if not os.access(base, os.W_OK):
                 base = Path(tempfile.gettempdir())
             _remove_dead(base)
+            _check_length(base / (_PREFIX + "12345678"))
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-        if len(os.fsencode(self.path)) > _LONGEST:
-            raise ConfigError(
-                f"run_dir {self.path} is too long for Unix sockets: at most {_LONGEST} bytes"
-            )
         lock = _lock(self.path)
         if lock is None:
             raise ConfigError(f"run_dir {self.path} is in use by another tpserve")
         self._lock = lock
+        self._remove_sockets()
 
     def _make(self) -> None:
+        _check_length(self.path)
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             owner = self.path.stat()
@@ -52,12 +51,21 @@ class RunDir:
 
     def close(self) -> None:
         """Remove what we put there, and the folder if nothing else is in it."""
-        for pattern in ("workers", "mesh-*", "gloo-*", _LOCK):
-            for file in self.path.glob(pattern):
-                file.unlink(missing_ok=True)
+        self._remove_sockets()
+        (self.path / _LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
         os.close(self._lock)
+
+    def _remove_sockets(self) -> None:
+        for pattern in ("workers", "mesh-*", "gloo-*"):
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+
+
+def _check_length(path: Path) -> None:
+    if len(os.fsencode(path)) > _LONGEST:
+        raise ConfigError(f"run_dir {path} is too long for Unix sockets: at most {_LONGEST} bytes")
 
 
 def _lock(folder: Path) -> int | None:

@@ -129,8 +129,8 @@ class Scheduler:
         sequence.blocks.extend(self.pool.take() for _ in range(fresh))
         sequence.computed = cached
         sequence.slot, sequence.fresh_in_slot = self._free_slots.pop(), True
-        if not sequence.new_tokens:
-            sequence.cached_tokens = cached
+        if not sequence.admitted:
+            sequence.admitted, sequence.cached_tokens = True, cached
         self.running.append(sequence)
         self._own(sequence, cached // BLOCK_TOKENS)
         return count

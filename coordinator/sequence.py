@@ -50,6 +50,8 @@ class Sequence:
     """Of the full blocks whose tokens are known, as far as they were wanted."""
     published: int = 0
     """How many of its blocks can be found by others."""
+    admitted: bool = False
+    """It has run before, though it may have been preempted since."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was found instead of computed."""
     fresh_in_slot: bool = True

@@ -58,6 +58,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,  # standard output is the coordinator's, for its ready line
                 pass_fds=() if shm_fd is None else (shm_fd,),
+                process_group=0,  # Ctrl-C at a terminal is for the coordinator alone
             )
             self.workers.append(WorkerProcess(rank, process, os.pidfd_open(process.pid)))
 
@@ -75,8 +76,8 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
         for worker in self.workers:
-            if worker.process.poll() is None:
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.kill()  # does nothing to one that has ended
+        for worker in self.workers:
+            worker.process.wait()
             os.close(worker.pidfd)
         self.workers.clear()

@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
 from tokenizers import Tokenizer
 
-from shared.errors import InvalidRequestError, ModelError
+from shared.errors import ContextLengthError, InvalidRequestError, ModelError
 from shared.messages import Alternative, Message, TokenLogprob, TokenLogprobs
 from shared.model_config import ModelConfig
 
@@ -28,6 +28,7 @@ CHATML = (
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 4
+_LONGEST_CHARACTER = 4  # bytes, and so tokens, of a character in UTF-8
 
 
 class _NamedTemplate(Struct):
@@ -54,10 +55,13 @@ class TextModel:
         """Read them from `folder`. Raises ModelError naming the file."""
         self._config = config
         self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
-        if self._tokenizer.get_vocab_size() > config.vocab_size:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self._longest_token = max(map(len, vocabulary), default=1)
+        highest = max([*vocabulary.values(), *config.eos_ids, config.bos_id or 0], default=0)
+        if highest >= config.vocab_size:
             raise ModelError(
-                f"{folder / 'tokenizer.json'} has {self._tokenizer.get_vocab_size()} tokens, "
-                f"config.json says vocab_size {config.vocab_size}"
+                f"{folder}: tokenizer.json or config.json has a token id {highest}, but vocab_size "
+                f"is {config.vocab_size}"
             )
         raw = _read_tokenizer_config(folder / "tokenizer_config.json")
         source = _template_source(folder, raw)
@@ -67,6 +71,7 @@ class TextModel:
 
     def encode_story(self, prompt: str) -> list[int]:
         """Token ids of a text to continue, with the model's own begin token if it wants one."""
+        self._check_length(prompt)
         ids = self._tokenizer.encode(prompt).ids
         if not ids and self._config.bos_id is not None:
             return [self._config.bos_id]
@@ -88,7 +93,20 @@ class TextModel:
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {error}"
             ) from None
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._check_length(text)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise InvalidRequestError("the chat template makes nothing of these messages")
+        return ids
+
+    def _check_length(self, text: str) -> None:
+        """Refuse at once what is too long in any case: to tokenise it would take seconds."""
+        most = self._config.max_positions * self._longest_token
+        if len(text) > most:
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters; {self._config.max_positions} tokens of "
+                f"context cannot hold more than {most}: shorten the prompt"
+            )
 
     def describe(self, token: int, logprobs: TokenLogprobs) -> TokenLogprob:
         """A token's log probabilities with the texts that the ids stand for."""
@@ -113,30 +131,36 @@ class Detokenizer:
     """Turns tokens into text one by one, never giving out half a character.
 
     A token's text depends on its neighbours (a leading space, bytes of one character), so it is
-    decoded together with some tokens before it, and what those alone give is cut off.
+    decoded together with some tokens before it, and what those alone give is cut off. The window of
+    those tokens begins between two characters.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        """From the first token that is decoded with the next one."""
-        self._given: str = tokenizer.decode(self._ids)
-        """What they give, as far as it has been given out."""
+        self._ids = _whole_characters_at_the_end(tokenizer, prompt_ids)
+        """The window: from the first token that is decoded with the next one."""
+        # A prompt may end within a character, which the first new tokens then complete.
+        self._given = tokenizer.decode(self._ids).rstrip(_REPLACEMENT)
+        """The text of the window that has been given out."""
         self._complete = len(self._ids)
-        """How many of them it comes from."""
+        """How many of its tokens that text comes from."""
+        self._border = 0
+        """A place between two characters where the window may be cut; 0: none yet."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)
         text: str = self._tokenizer.decode(self._ids)
-        if text.endswith(_REPLACEMENT) or len(text) <= len(self._given):
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._complete <= _LONGEST_CHARACTER:
             return ""
         new = text[len(self._given) :]
         self._given, self._complete = text, len(self._ids)
-        if self._complete > 2 * _CONTEXT_TOKENS:  # keep what is decoded each time short
-            del self._ids[:-_CONTEXT_TOKENS]
+        if not self._border and self._complete >= _CONTEXT_TOKENS:
+            self._border = self._complete
+        elif self._border and self._complete >= self._border + _CONTEXT_TOKENS:
+            del self._ids[: self._border]
             self._given = self._tokenizer.decode(self._ids)
-            self._complete = len(self._ids)
+            self._complete = self._border = len(self._ids)
         return new
 
     def flush(self) -> str:
@@ -145,6 +169,14 @@ class Detokenizer:
             return ""
         text: str = self._tokenizer.decode(self._ids)
         return text[len(self._given) :]
+
+
+def _whole_characters_at_the_end(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last few of `ids`, from a place between two characters on."""
+    for count in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _LONGEST_CHARACTER):
+        if not tokenizer.decode(ids[-count:]).startswith(_REPLACEMENT):
+            return list(ids[-count:])
+    return list(ids[-_CONTEXT_TOKENS:])  # no characters at all
 
 
 class StopStrings:
@@ -192,7 +224,10 @@ def _load_tokenizer(path: Path) -> Tokenizer:
             # would give it a leading space and make it ordinary text when it is decoded.
             if token.get("special"):
                 token["normalized"] = False
-        return Tokenizer.from_str(msgspec.json.encode(description).decode())
+        tokenizer = Tokenizer.from_str(msgspec.json.encode(description).decode())
+        tokenizer.no_truncation()  # what does not fit is refused, not cut
+        tokenizer.no_padding()
+        return tokenizer
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions

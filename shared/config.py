@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from shared.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
 _BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -243,8 +243,10 @@ def _check(settings: Settings) -> None:
             f"workers is {settings.workers}, but a model is cut into {shards} virtual shards and "
             f"each worker needs one: use at most {shards}, or raise --virtual-shards"
         )
-    if settings.kv_memory != "auto":
-        parse_bytes(settings.kv_memory)
+    if settings.kv_memory_bytes == 0:
+        raise ConfigError(
+            "kv_memory is 0: the KV cache needs memory; write auto, or for example 2G"
+        )
     _check_address(settings.listen)
 
 

@@ -142,7 +142,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         vocab_size=raw.vocab_size,
         max_positions=raw.max_position_embeddings,
         rms_norm_eps=raw.rms_norm_eps,
-        rope_theta=float(rope.get("rope_theta", raw.rope_theta)),
+        rope_theta=_number(rope.get("rope_theta", raw.rope_theta), "rope_theta", path),
         sliding_window=raw.sliding_window if raw.model_type == "mistral" else None,
         tie_word_embeddings=raw.tie_word_embeddings,
         dtype=DTYPES[raw.torch_dtype or raw.dtype or "float32"],
@@ -202,6 +202,12 @@ def _refuse_unsupported(raw: _RawConfig, path: Path) -> None:
     dtype = raw.torch_dtype or raw.dtype or "float32"
     if dtype not in DTYPES:
         raise ModelError(f"{path}: dtype {dtype!r} is not supported (float32, bfloat16, float16)")
+
+
+def _number(value: object, name: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ModelError(f"{path}: {name} is {value!r}, not a positive number")
+    return float(value)
 
 
 def _ids(value: int | list[int] | UnsetType | None) -> tuple[int, ...]:

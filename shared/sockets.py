@@ -1,5 +1,6 @@
 """ZeroMQ sockets with limits and linger set: the only place that creates them."""
 
+import socket as unix
 from typing import TypeVar
 
 import zmq
@@ -58,6 +59,16 @@ def pair(context: zmq.Context[zmq.SyncSocket]) -> zmq.SyncSocket:
     return socket
 
 
+def _somebody_listens(path: str) -> bool:
+    """ZeroMQ would take a live server's path away from it without a word."""
+    with unix.socket(unix.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
 def _limit(socket: zmq.Socket, max_bytes: int, high_water_mark: int) -> None:  # type: ignore[type-arg]
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
@@ -67,6 +78,9 @@ def _limit(socket: zmq.Socket, max_bytes: int, high_water_mark: int) -> None:  #
 
 
 def _bind(socket: zmq.SyncSocket, address: str) -> None:
+    if address.startswith("ipc://") and _somebody_listens(address.removeprefix("ipc://")):
+        socket.close(0)
+        raise ConfigError(f"cannot listen on {address!r}: already in use")
     try:
         socket.bind(address)
     except zmq.ZMQError as error:

@@ -98,7 +98,7 @@ def test_all_error_codes_are_explained() -> None:
 
 def test_the_limits_of_the_transport_are_the_ones_in_force() -> None:
     assert f"({MAX_MESSAGE_BYTES} bytes)" in DOCUMENT
-    assert f"more than {CLIENT_HIGH_WATER_MARK} of them" in DOCUMENT
+    assert f"more than {CLIENT_HIGH_WATER_MARK} frames" in DOCUMENT
     assert f"protocol, version {PROTOCOL_VERSION}\n" in DOCUMENT
 
 

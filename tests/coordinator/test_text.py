@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from coordinator.text import Detokenizer, TextModel
-from shared.errors import InvalidRequestError, ModelError
+from shared.errors import ContextLengthError, InvalidRequestError, ModelError
 from shared.messages import Message
 from shared.model_config import read_model_config
 
@@ -87,6 +87,56 @@ def test_pieces_join_with_sentencepiece_byte_fallback(reference: Path, text: str
         ids = tokenizer.encode(text).ids
         for cut in range(1, len(ids)):
             check_pieces(tokenizer, ids[:cut], ids[cut:])
+
+
+@pytest.mark.parametrize("text", ["日本語の物語" * 4 + " b", "😀😁😂🤣😃😄 x" * 3, "é" * 30])
+def test_long_runs_of_byte_tokens_come_out_whole_and_soon(reference: Path, text: str) -> None:
+    path = reference / "models" / "minueza-32m-tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    ids = tokenizer.encode(text).ids
+    for cut in (1, 2, 3, 5, 9, 14):
+        stream = Detokenizer(tokenizer, ids[:cut])
+        given = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+        for at, token in enumerate(ids[cut:], cut + 1):
+            given += stream.push(token)
+            whole = tokenizer.decode(ids[:at])
+            assert given == whole or whole.endswith("\ufffd"), "complete text is not held back"
+        assert given + stream.flush() == text
+
+
+def test_tokens_without_text_and_broken_bytes_do_not_pile_up() -> None:
+    broken = BYTE_LEVEL.encode("é").ids[:1]
+    stream = Detokenizer(BYTE_LEVEL, BYTE_LEVEL.encode("the").ids)
+    for token in [0] * 200 + broken * 200:  # <|end|>, then halves of characters
+        stream.push(token)
+        assert len(stream._ids) <= 16
+    assert stream.push(BYTE_LEVEL.encode("cat").ids[0]).endswith("cat")
+
+
+def test_a_template_that_makes_nothing_is_the_clients_error(tmp_path: Path) -> None:
+    only_users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    model = open_text(folder_with(tmp_path, only_users))
+    with pytest.raises(InvalidRequestError, match="makes nothing"):
+        model.encode_chat([Message("system", "x")])
+
+
+def test_a_truncating_tokenizer_does_not_cut_the_prompt(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["truncation"] = {
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    assert len(open_text(folder).encode_story("q " * 50)) > 50
+
+
+def test_a_hopelessly_long_prompt_is_refused_without_tokenising(tmp_path: Path) -> None:
+    model = open_text(folder_with(tmp_path))
+    with pytest.raises(ContextLengthError, match="characters"):
+        model.encode_story("word " * 200_000)
 
 
 def test_golden_prompts_and_texts(story_model: Path, golden: list[dict[str, Any]]) -> None:
@@ -171,5 +221,5 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, content: str) -> None
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 100}))
-    with pytest.raises(ModelError, match="vocab_size 100"):
+    with pytest.raises(ModelError, match="vocab_size is 100"):
         open_text(folder)

@@ -14,7 +14,9 @@ import zmq
 from client.zmq_client import Client
 from shared.errors import ModelNotFoundError, TpserveError
 from shared.messages import (
+    Cancel,
     Cancelled,
+    Done,
     Failed,
     Generate,
     Progress,
@@ -255,6 +257,33 @@ def test_a_busy_port_is_one_clear_line(address: str, story_model: Path) -> None:
     assert run.stderr.splitlines()[-1] == (
         f"tpserve: error: cannot listen on {address!r}: already in use"
     )
+
+
+def test_a_live_ipc_path_is_not_taken_over(story_model: Path, tmp_path: Path) -> None:
+    path = f"ipc://{tmp_path}/s"
+    with Server("--listen", path, "--model", f"story={story_model}") as first:
+        first.wait_ready()
+        run = run_tpserve(["serve", "--listen", path, "--model", f"story={story_model}"])
+        assert run.returncode == 2
+        assert "already in use" in run.stderr
+        with Client(path) as client:
+            assert client.health().ready
+
+
+def test_an_id_may_be_used_again_after_its_job_was_cancelled(address: str) -> None:
+    with Client(address) as client:
+        expected = client.story("A big dog", temperature=0, max_tokens=3).result().token_ids
+    socket = raw_socket(address)
+    greedy = SamplingParams(temperature=0, max_tokens=3)
+    socket.send(encode(Generate(id="a", kind="story", prompt="old " * 100, params=greedy)))
+    socket.send(encode(Cancel(id="c", job="a")))
+    socket.send(encode(Generate(id="a", kind="story", prompt="A big dog", params=greedy)))
+    done = None
+    while done is None:
+        assert socket.poll(10_000)
+        done = next((e for e in decode_events(socket.recv()) if isinstance(e, Done)), None)
+    assert done.token_ids == expected
+    socket.close()
 
 
 def test_a_missing_model_folder_is_one_clear_line() -> None:
