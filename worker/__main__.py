@@ -70,6 +70,11 @@ class Worker:
                 self._fail(error.code, error.message, fatal)
                 if fatal:
                     return
+            except (RuntimeError, MemoryError) as error:
+                # What torch raises when memory runs out; the coordinator tells the user.
+                log.exception("rank %d", self._rank)
+                self._fail(TpserveError.code, f"{type(error).__name__}: {error}", fatal=True)
+                return
 
     def close(self) -> None:
         """Leave the collectives."""
@@ -102,7 +107,7 @@ class Worker:
     def _step(self, plan: StepPlan) -> StepResult | None:
         assert self._comm is not None, "set-up comes before steps"
         began, in_comm = time.perf_counter(), self._comm.seconds
-        tokens = self._ready_runner.step(plan)
+        sampled = self._ready_runner.step(plan)
         self._account(time.perf_counter() - began, self._comm.seconds - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
@@ -110,7 +115,8 @@ class Worker:
             rank=self._rank,
             epoch=plan.epoch,
             step=plan.step,
-            tokens=tokens,
+            tokens=sampled.tokens,
+            logprobs=sampled.logprobs,
         )
 
     def _account(self, elapsed_s: float, in_comm_s: float) -> None:

@@ -20,7 +20,8 @@ from worker.layers import Placement
 from worker.loader import Checkpoint
 from worker.model import Decoder, StepInput
 from worker.ops.torch_ops import AttentionPlan, DecodeBatch, PrefillSpan
-from worker.sampler import Sampler
+from worker.sampling.sampler import Sampled, Sampler
+from worker.sampling.vocabulary import Vocabulary
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,8 +60,8 @@ class Runner:
         checkpoint = Checkpoint(folder)
         decoder = Decoder(checkpoint, placement, order.max_model_len)
         checkpoint.close()
-        vocab_rows = [len(shards.vocab_rows(owned)) for owned in self._owned]
-        sampler = Sampler(self._comm, decoder.lm_head.first_id, vocab_rows)
+        token_ids = [[shards.vocab_rows(range(v, v + 1)) for v in owned] for owned in self._owned]
+        sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids))
         self._models[order.model] = LoadedModel(decoder, sampler)
         block = block_bytes(config.num_layers, decoder.kv_heads, config.head_dim, dtype)
         return decoder.weight_bytes(), block
@@ -79,20 +80,24 @@ class Runner:
         model.last_tokens = np.zeros(order.slots, dtype=np.int64)
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> list[int]:
-        """Run one plan; the sampled token of each sequence that wants one, in the plan's order."""
+    def step(self, plan: StepPlan) -> Sampled:
+        """Run one plan; a token for each sequence that wants one, in the plan's order."""
         model = self._models[plan.model]
         assert model.cache is not None, "allocate comes before step"
         for copy in plan.copies:
             model.cache.copy(copy.source, copy.target)
+        for s in plan.sequences:
+            if s.history is not None:
+                model.sampler.begin(s.slot, s.history)
         logits = model.decoder(self.prepare(model, plan.sequences), model.cache)
         sampled = [(s, s.sampling) for s in plan.sequences if s.sampling is not None]
         if not sampled:
-            return []
+            return Sampled(tokens=[], logprobs=[])
         positions = [s.start + max(len(s.tokens), 1) for s, _ in sampled]
-        tokens = model.sampler(logits, [sampling for _, sampling in sampled], positions)
-        model.last_tokens[[s.slot for s, _ in sampled]] = tokens
-        return tokens
+        slots = [s.slot for s, _ in sampled]
+        chosen = model.sampler(logits, [sampling for _, sampling in sampled], positions, slots)
+        model.last_tokens[slots] = chosen.tokens
+        return chosen
 
     def prepare(self, model: LoadedModel, sequences: list[SequenceStep]) -> StepInput:
         """The tensors of one forward pass."""

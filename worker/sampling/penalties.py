@@ -46,11 +46,6 @@ class TokenCounts:
         logits[columns] = changed
 
 
-def changes_logits(sampling: Sampling, position: int) -> bool:
-    """Whether the logits for this position are to be changed."""
-    return bool(sampling.logit_bias or sampling.banned_before > position or sampling.penalises)
-
-
 def change_logits(
     logits: Floats,
     sampling: Sampling,

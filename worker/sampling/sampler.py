@@ -17,8 +17,8 @@ from worker.comm.base import Communicator, Floats
 from worker.sampling.candidates import best_columns, candidates, merge
 from worker.sampling.cuts import Cuts, draw, is_cut, keep, temperatures
 from worker.sampling.logprobs import logprobs_of
-from worker.sampling.noise import noise_keys, perturb
-from worker.sampling.penalties import TokenCounts, change_logits, changes_logits
+from worker.sampling.noise import PIECE, noise_keys, perturb
+from worker.sampling.penalties import TokenCounts, change_logits
 from worker.sampling.vocabulary import (
     UNLIMITED,
     Bools,
@@ -37,8 +37,6 @@ _CANDIDATES = 64
 """Tokens of each rank that are exchanged for top-p and min-p at first."""
 _MOST_CANDIDATES = 256
 """For a top-k up to this, as many as it takes."""
-_BLOCK = 1 << 15
-"""Scores computed at once, which so stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -76,47 +74,40 @@ class Sampler:
         sequences' counts penalties use, and add the token to.
         """
         own: Floats = logits.numpy()
-        plain: list[int] = []
-        cut: list[int] = []
-        changed: list[int] = []
-        reported: list[int] = []
-        for row, s in enumerate(sampling):
-            if s.temperature > 0:
-                (cut if is_cut(s) else plain).append(row)
-            if changes_logits(s, positions[row]):
-                changed.append(row)
-            if s.logprobs >= 0:
-                reported.append(row)
-        models_own = own[reported] if reported else own[:0]  # before any change; a copy
+        reported = [row for row, s in enumerate(sampling) if s.logprobs >= 0]
+        models_own = own[reported] if reported else own[:0]  # a copy, before any change
+        changed = [
+            row
+            for row, s in enumerate(sampling)
+            if s.logit_bias or s.banned_before > positions[row] or s.penalises
+        ]
         for row in changed:
             s = sampling[row]
             counts = self._counts[slots[row]] if s.penalises else None
             change_logits(own[row], s, positions[row], counts, self._vocabulary)
-        tokens = self._choose(own, sampling, positions, plain, cut)
+        tokens = self._choose(own, sampling, positions)
         for row in changed:
             if sampling[row].penalises:
                 self._counts[slots[row]].add(int(tokens[row]))
         logprobs = self._logprobs(models_own, reported, tokens, sampling) if reported else []
         return Sampled(tokens.tolist(), logprobs)
 
-    def _choose(
-        self,
-        own: Floats,
-        sampling: Sequence[Sampling],
-        positions: Sequence[int],
-        plain: Sequence[int],
-        cut: Sequence[int],
-    ) -> Ints:
-        """Tokens [B]; rows that are neither `plain` nor `cut` are greedy."""
-        scores = self._best_scores(own)
-        if plain:
+    def _choose(self, own: Floats, sampling: Sequence[Sampling], positions: Sequence[int]) -> Ints:
+        """Tokens [B], from the logits [B, own tokens] as they are."""
+        scores = self._best_scores(own)  # which is all that greedy rows need
+        random = [row for row, s in enumerate(sampling) if s.temperature > 0]
+        cut = [row for row in random if is_cut(sampling[row])]
+        if len(cut) < len(random):
+            plain = [row for row in random if not is_cut(sampling[row])]
             self._perturb(scores, own, plain, sampling, positions)
         if not cut:
             return _winners(*gather(self._comm, scores))
         mine = own if len(cut) == len(own) else own[cut]
-        cuts = Cuts.of([sampling[row] for row in cut], [positions[row] for row in cut])
         mine[~(scores[cut, 0] < np.inf)] = 0  # these rows get no token, whatever is drawn
-        ranks_scores, ranks_best, sums = self._exchange(scores, mine, cuts)
+        of_cut = [sampling[row] for row in cut]
+        cuts = Cuts.of(of_cut, [positions[row] for row in cut])
+        count = _candidates_for(of_cut, max(self._vocabulary.sizes))
+        ranks_scores, ranks_best, sums = self._exchange(scores, mine, cuts, count)
         tokens = _winners(ranks_scores)
         valid = tokens[cut] != NOT_FINITE
         drawn = self._draw(mine, cuts, ranks_best, sums, valid)
@@ -124,20 +115,22 @@ class Sampler:
         return tokens
 
     def _exchange(
-        self, scores: Doubles, cut: Floats, cuts: Cuts
+        self, scores: Doubles, cut: Floats, cuts: Cuts, count: int
     ) -> tuple[Doubles, Doubles, Doubles]:
-        """One collective: all ranks' scores and candidates, and the cut rows' softmax sums [R, 1]."""
-        count = _candidates_for(cuts, max(self._vocabulary.sizes))
+        """All ranks' scores [world, B, 2] and `count` candidates each [world, R, 2, count].
+
+        And the softmax sums of the cut rows [R, 1], as far as `keep` needs them. One collective.
+        """
         best = candidates(cut, count, self._vocabulary)
         sums = np.ones((len(cut), 1))
         rows = cuts.of_all_tokens
         if not len(rows):
             ranks_scores, ranks_best = gather(self._comm, scores, best)
             return ranks_scores, ranks_best, sums
-        heat = cuts.temperature[rows]
-        own_sums = partial_sums(cut[rows], heat, self._vocabulary)
+        temperature = cuts.temperature[rows]
+        own_sums = partial_sums(cut[rows], temperature, self._vocabulary)
         ranks_scores, ranks_best, ranks_sums = gather(self._comm, scores, best, own_sums)
-        sums[rows] = softmax_sums(ranks_sums, heat, self._vocabulary)[1]
+        sums[rows] = softmax_sums(ranks_sums, temperature, self._vocabulary)[1]
         return ranks_scores, ranks_best, sums
 
     def _best_scores(self, own: Floats) -> Doubles:
@@ -164,13 +157,13 @@ class Sampler:
         Scores that are not finite stay.
         """
         rows = [row for row in rows if np.isfinite(scores[row, 0])]
-        heat = temperatures([sampling[row] for row in rows])
+        temperature = temperatures([sampling[row] for row in rows])
         keys = noise_keys([sampling[row] for row in rows], [positions[row] for row in rows])
         ids = self._vocabulary.first_id + np.arange(self._vocabulary.size)
-        at_once = max(1, _BLOCK // max(1, len(ids)))
+        at_once = max(1, PIECE // max(1, len(ids)))
         for start in range(0, len(rows), at_once):
             block = rows[start : start + at_once]
-            noisy = own[block] / heat[start : start + at_once]
+            noisy = own[block] / temperature[start : start + at_once]
             perturb(noisy, keys[start : start + at_once], ids)
             columns = noisy.argmax(axis=1)
             scores[block, 0] = noisy[np.arange(len(block)), columns]
@@ -221,10 +214,11 @@ def _winners(every: Doubles) -> Ints:
     return np.where(finite, best_of_all[:, 1], NOT_FINITE).astype(np.int64)
 
 
-def _candidates_for(cuts: Cuts, most: int) -> int:
-    """How many tokens each rank gives, at `most`."""
-    needed = np.where(cuts.top_k <= _MOST_CANDIDATES, cuts.top_k, _CANDIDATES)
-    return min(int(needed.max()), most)
+def _candidates_for(sampling: Sequence[Sampling], most: int) -> int:
+    """How many tokens each rank gives for rows that are cut so, at `most`."""
+    return min(
+        max(s.top_k if 0 < s.top_k <= _MOST_CANDIDATES else _CANDIDATES for s in sampling), most
+    )
 
 
 def _draw_from_whole(logits: Floats, cuts: Cuts, sums: Doubles) -> Ints:

@@ -1,0 +1,205 @@
+"""Runs the sampler on every rank of a world, and says plainly what it should have chosen."""
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.messages import CommSetup, History, Sampling
+from shared.sharding import assign_shards, split_groups
+from shared.shm import create_shm_region
+from worker.comm.base import Communicator, Floats
+from worker.comm.open import open_communicator
+from worker.sampling.sampler import Sampled, Sampler
+from worker.sampling.vocabulary import Vocabulary
+
+VIRTUAL_SHARDS = 8
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch."""
+
+    logits: Floats
+    """[vocabulary]"""
+    sampling: Sampling
+    position: int = 0
+    slot: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is sampled in one step; sequences may take slots before."""
+
+    rows: Sequence[Row]
+    begin: dict[int, History] = field(default_factory=dict)
+
+
+class CountingCommunicator:
+    """A communicator that counts its collectives."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.rank, self.world = comm.rank, comm.world
+        self.calls = 0
+
+    def all_reduce_tree(self, partials: Floats) -> Floats:
+        self.calls += 1
+        return self._comm.all_reduce_tree(partials)
+
+    def exchange_small(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        self.calls += 1
+        return self._comm.exchange_small(array)
+
+    def barrier(self) -> None:
+        self.calls += 1
+        self._comm.barrier()
+
+    def close(self) -> None:
+        self._comm.close()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one batch; the same on every rank."""
+
+    sampled: Sampled
+    collectives: int
+
+
+def run_ranks(world: int, batches: Sequence[Batch]) -> list[Outcome]:
+    """Sample the batches on all ranks, each in a thread of its own with a real communicator."""
+    owned = assign_shards(world, VIRTUAL_SHARDS)
+    region = create_shm_region(world)
+    outcomes: dict[int, list[Outcome]] = {}
+    failures: list[BaseException] = []
+
+    def rank_main(rank: int) -> None:
+        setup = CommSetup(
+            kind="local" if world == 1 else "shm",
+            rank=rank,
+            owned=[(own.start, own.stop) for own in owned],
+            deadline_s=60,
+        )
+        comm = open_communicator(setup, None if world == 1 else os.dup(region))
+        try:
+            outcomes[rank] = _run_rank(CountingCommunicator(comm), owned, batches)
+        except BaseException as failure:  # noqa: BLE001 - carried over to the test's thread
+            failures.append(failure)
+        finally:
+            comm.close()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(region)
+    if failures:
+        raise failures[0]
+    for rank in range(1, world):
+        assert outcomes[rank] == outcomes[0], f"ranks {rank} and 0 disagree"
+    return outcomes[0]
+
+
+def _run_rank(
+    comm: CountingCommunicator, owned: Sequence[range], batches: Sequence[Batch]
+) -> list[Outcome]:
+    vocab = len(batches[0].rows[0].logits)
+    token_ids = [[split_groups(vocab, VIRTUAL_SHARDS, v) for v in own] for own in owned]
+    mine = slice(token_ids[comm.rank][0].start, token_ids[comm.rank][-1].stop)
+    sampler = Sampler(comm, Vocabulary(comm.rank, token_ids))
+    outcomes = []
+    for batch in batches:
+        for slot, history in batch.begin.items():
+            sampler.begin(slot, history)
+        before = comm.calls
+        sampled = sampler(
+            torch.from_numpy(np.stack([row.logits[mine] for row in batch.rows])),
+            [row.sampling for row in batch.rows],
+            [row.position for row in batch.rows],
+            [row.slot for row in batch.rows],
+        )
+        outcomes.append(Outcome(sampled, comm.calls - before))
+    return outcomes
+
+
+def tokens_of(world: int, rows: Sequence[Row]) -> list[int]:
+    """What one batch of these rows gives."""
+    return run_ranks(world, [Batch(rows)])[0].sampled.tokens
+
+
+# --- what should come out ------------------------------------------------------------------------
+
+
+def expected_token(row: Row, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> int:
+    """The token to choose, worked out on the whole logits one step after the other."""
+    s = row.sampling
+    if not np.isfinite(row.logits[row.logits != -np.inf]).all():
+        return -1
+    logits = changed_logits(row, prompt, output)
+    if logits.max() == -np.inf:
+        return -1
+    if s.temperature == 0:
+        return int(np.flatnonzero(logits == logits.max())[0])
+    scores = {
+        token: float(logits[token]) / s.temperature + gumbel(s.seed, row.position, token)
+        for token in kept_tokens(logits, s)
+    }
+    return max(scores, key=lambda token: scores[token])
+
+
+def changed_logits(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Floats:
+    """After bias, penalties and bans."""
+    s, logits = row.sampling, row.logits.copy()
+    for token, bias in s.logit_bias.items():
+        logits[token] += np.float32(bias)
+    for token in {*prompt, *output}:
+        if logits[token] > 0:
+            logits[token] /= np.float32(s.repetition_penalty)
+        else:
+            logits[token] *= np.float32(s.repetition_penalty)
+    for token in set(output):
+        logits[token] -= np.float32(s.frequency_penalty) * np.float32(list(output).count(token))
+        logits[token] -= np.float32(s.presence_penalty)
+    if row.position < s.banned_before:
+        logits[s.banned] = -np.inf
+    return logits
+
+
+def kept_tokens(logits: Floats, s: Sampling) -> list[int]:
+    """The tokens that top-k, top-p and min-p leave, best first."""
+    tokens = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if s.top_k:
+        tokens = tokens[: s.top_k]
+    highest = float(logits[tokens[0]])
+    weights = [math.exp((float(logits[token]) - highest) / s.temperature) for token in tokens]
+    if s.top_p < 1:
+        total, reached = math.fsum(weights), 0.0
+        for count, weight in enumerate(weights, start=1):
+            reached += weight
+            if reached >= s.top_p * total:
+                tokens = tokens[:count]
+                break
+    return [t for t, w in zip(tokens, weights, strict=False) if w >= s.min_p]
+
+
+def gumbel(seed: int, position: int, token: int) -> float:
+    """The noise of one token, with plain integers."""
+    word = (1 << 64) - 1
+
+    def mix(z: int) -> int:
+        z &= word
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & word
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
+        return z ^ (z >> 31)
+
+    gamma = 0x9E3779B97F4A7C15
+    bits = mix(mix(mix(seed) + (position + 1) * gamma) + (token + 1) * gamma) >> 12
+    return -math.log(-math.log((bits + 0.5) / 2**52))
