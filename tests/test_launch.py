@@ -37,7 +37,7 @@ case "$*" in
         ;;
     *"-m pip "*)
         echo "$*" >>"{calls}"
-        sleep "${{PIP_TAKES:-0}}"
+        sleep "${{INSTALL_TAKES:-0}}"
         ;;
     *) exec "{python}" "$@" ;;
 esac
@@ -218,23 +218,27 @@ def test_a_copied_project_does_not_run_the_original(project: Project, tmp_path: 
 
 def test_a_set_up_that_was_cut_short_starts_from_scratch(project: Project) -> None:
     project.add_noting_python()
-    process = project.start(PIP_TAKES="30")
+    process = project.start(INSTALL_TAKES="30")
     give_up = time.monotonic() + DEADLINE_S
-    while not installs(project.calls()):
+    # Only read here: emptying the file could lose a line that is being written.
+    while not (project.calls_file.exists() and " -m pip " in project.calls_file.read_text()):
         assert time.monotonic() < give_up, "pip was not started"
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=DEADLINE_S)
+    project.calls()
 
-    assert project.launch().returncode == 0
+    again = project.launch()
+    assert again.returncode == 0, again.stderr
     calls = project.calls()
+    assert calls, again.stderr
     assert calls[0] == "venv"
     assert len(installs(calls)) == 1
 
 
 def test_two_starts_at_once_set_up_once(project: Project) -> None:
     project.add_noting_python()
-    both = [project.start(PIP_TAKES="0.5") for _ in range(2)]
+    both = [project.start(INSTALL_TAKES="0.5") for _ in range(2)]
     outputs = [process.communicate(timeout=DEADLINE_S) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert all("serve" in out for out, _ in outputs)
