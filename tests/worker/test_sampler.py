@@ -31,10 +31,10 @@ from tests.worker.sampling_ranks import (
 from worker.comm.base import Floats
 from worker.comm.open import open_communicator
 from worker.runner import Runner
-from worker.sampling.candidates import best_columns
+from worker.sampling.candidates import best
 
 WORLDS = (1, 2, 3, 8)
-VOCABULARIES = (1, 5, 40, 200, 1000)
+VOCABULARIES = (1, 5, 40, 200, 2000)
 """The first four give ranks without tokens; the last one gives each rank more than it sends."""
 
 replace = msgspec.structs.replace
@@ -103,7 +103,7 @@ def test_every_number_of_workers_chooses_the_reference_token(world: int, vocab: 
 @functools.cache
 def large_cases() -> tuple[list[Row], list[int]]:
     rng = np.random.default_rng(7)
-    vocab = 50_257  # no multiple of the 32 tokens that are cut as one
+    vocab = 12_011  # no multiple of the 32 tokens that are cut as one
     peaked = (rng.normal(size=vocab) * 3).astype(np.float32)
     tied = np.round(peaked)
     flat = (rng.normal(size=vocab) * 0.1).astype(np.float32)
@@ -285,6 +285,7 @@ def test_collectives_are_as_few_as_the_batch_needs() -> None:
     ]
     penalised = Row(peaked, WAYS["penalties"])
     whole = Row(flat, WAYS["top_p"])
+    broken = Row(np.full(2000, np.nan, np.float32), WAYS["whole row"])
     batches = {
         "greedy": (Batch([Row(peaked, GREEDY)] * 8), 1),
         "usual": (Batch(usual), 1),
@@ -292,6 +293,7 @@ def test_collectives_are_as_few_as_the_batch_needs() -> None:
         "top-k of equals": (Batch([Row(flat, LIKE_A_MODELS)]), 1),
         "top-k of more than are sent": (Batch([Row(peaked, replace(LIKE_A_MODELS, top_k=999))]), 2),
         "flat": (Batch([*usual, whole, whole]), 2),
+        "no token": (Batch([broken]), 1),
         "logprobs": (Batch([Row(peaked, GREEDY), Row(peaked, WAYS["logprobs"])]), 2),
         "all": (Batch([whole, Row(peaked, WAYS["logprobs"])]), 3),
     }
@@ -330,6 +332,16 @@ def test_logprobs_are_the_log_softmax_of_the_models_own_logits(world: int, vocab
         assert [p for _, p in found.top] == pytest.approx(expected[best].tolist(), abs=1e-5)
 
 
+def test_logprobs_have_the_same_bits_for_every_number_of_workers() -> None:
+    rng = np.random.default_rng(19)
+    rows = [
+        Row((rng.normal(size=5000) * 2).astype(np.float32), replace(GREEDY, logprobs=20))
+        for _ in range(20)
+    ]
+    sampled = [run_ranks(world, [Batch(rows)])[0].sampled for world in WORLDS]
+    assert sampled == [sampled[0]] * len(WORLDS)
+
+
 def test_nobody_asks_for_logprobs_nobody_gets_any() -> None:
     rows = [Row(np.zeros(10, np.float32), GREEDY)]
     assert run_ranks(2, [Batch(rows)])[0].sampled.logprobs == []
@@ -358,7 +370,7 @@ def test_the_best_columns_are_those_of_a_stable_sort(width: int, count: int) -> 
     logits[3] = 0
     logits[4, width // 3 :] = logits[4, 0]
     expected = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :count], axis=1)
-    assert np.array_equal(best_columns(logits, count), expected)
+    assert np.array_equal(best(logits, count)[1], expected)
 
 
 # --- in the runner --------------------------------------------------------------------------------

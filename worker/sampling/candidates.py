@@ -22,34 +22,36 @@ def candidates(own: Floats, count: int, vocabulary: Vocabulary) -> Doubles:
     out[:, 0] = -np.inf
     held = min(count, vocabulary.size)
     if held:
-        columns = best_columns(own, held)
-        out[:, 0, :held] = own[np.arange(len(own))[:, None], columns]
-        out[:, 1, :held] = columns + vocabulary.first_id
+        values, columns = best(own, held)
+        out[:, 0, :held] = values
+        np.add(columns, vocabulary.first_id, out=out[:, 1, :held])
     return out
 
 
-def best_columns(logits: Floats, count: int) -> Ints:
-    """Where each row has its `count` highest logits, ascending: [R, count].
+def best(logits: Floats, count: int) -> tuple[Floats, Ints]:
+    """The `count` highest logits of each row and their columns, which ascend: [R, count] each.
 
     Among equals the lowest columns are taken; where they are -inf, any. No NaN, no +inf.
     """
     if count == logits.shape[1]:
-        return np.broadcast_to(np.arange(count), (len(logits), count))
+        return logits, np.broadcast_to(np.arange(count), logits.shape)
     rows = np.arange(len(logits))[:, None]
     pool = _pool(logits, count + 1)
-    values = logits if pool is None else logits[rows, pool]
-    next_best = values.shape[1] - count - 1
-    parted = values.argpartition(next_best, axis=1)[:, next_best:]
+    narrowed = logits if pool is None else logits[rows, pool]
+    next_best = narrowed.shape[1] - count - 1
+    parted = narrowed.argpartition(next_best, axis=1)[:, next_best:]
     columns = parted[:, 1:].copy() if pool is None else pool[rows, parted[:, 1:]]
     columns.sort(axis=1)
     # Of several that equal the last one taken, any may have been.
-    last = logits[rows, columns].min(axis=1)
-    tied = (values[rows[:, 0], parted[:, 0]] == last) & (last > -np.inf)
-    for row in tied.nonzero()[0]:
+    values = logits[rows, columns]
+    last = values.min(axis=1)
+    left_out = narrowed[rows[:, 0], parted[:, 0]]
+    for row in np.flatnonzero((left_out == last) & (last > -np.inf)):
         better = np.flatnonzero(logits[row] > last[row])
         equal = np.flatnonzero(logits[row] == last[row])
         columns[row] = np.sort(np.concatenate([better, equal[: count - len(better)]]))
-    return columns
+        values[row] = logits[row, columns[row]]
+    return values, columns
 
 
 def _pool(logits: Floats, count: int) -> Ints | None:
@@ -66,8 +68,8 @@ def _pool(logits: Floats, count: int) -> Ints | None:
         return None
     groups = width // size  # group g: columns g, g + groups, g + 2 * groups, ...
     maxima = logits[:, : size * groups].reshape(-1, size, groups).max(axis=1)
-    best = maxima.argpartition(groups - count, axis=1)[:, groups - count :]
-    pool = (best[:, None] + groups * np.arange(size)[:, None]).reshape(len(logits), -1)
+    chosen = maxima.argpartition(groups - count, axis=1)[:, groups - count :]
+    pool = (chosen[:, None] + groups * np.arange(size)[:, None]).reshape(len(logits), -1)
     rest = np.arange(size * groups, width)
     return np.concatenate([pool, np.broadcast_to(rest, (len(pool), len(rest)))], axis=1)
 

@@ -51,11 +51,6 @@ class Cuts:
             keys=noise_keys(sampling, positions),
         )
 
-    @property
-    def of_all_tokens(self) -> Ints:
-        """The rows whose top-p is of all tokens, not of what top-k leaves."""
-        return np.flatnonzero((self.top_p < 1) & (self.top_k == UNLIMITED))
-
     def rows(self, index: slice) -> "Cuts":
         """Those of some rows."""
         return Cuts(
