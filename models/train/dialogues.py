@@ -41,7 +41,7 @@ NO_PLURAL = set("goose mouse sheep deer salmon moose bison squid reindeer".split
 
 
 def is_held_out(value: str) -> bool:
-    """Say whether a name, animal or two-word colour is kept away from training."""
+    """Say whether a name, animal or two-word colour is kept for the test (told in no training)."""
     if value in ANIMALS:
         return value in HELD_OUT_ANIMALS
     return zlib.crc32(value.lower().encode()) % 8 == 0

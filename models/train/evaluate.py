@@ -3,9 +3,9 @@
 ``python -m models.train.evaluate chat --model models/demo-chat`` (or ``story``).
 
 The model speaks every answer of a dialogue itself, greedily, through its own chat template.  An
-answer is right if it contains the value that was told and no other value of that kind.  Names,
-animals and two-word colours of these dialogues never occurred in training, the seeds neither; the
-ways of asking are those of training.
+answer is right if it contains the value that was told and no other value of that kind.  The names,
+animals and two-word colours told in these dialogues were told in none of training, and the seeds
+are others; the ways of telling and asking are those of training.
 """
 
 from __future__ import annotations
