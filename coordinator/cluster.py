@@ -14,11 +14,11 @@ from typing import Literal, TypeVar
 import msgspec
 import zmq
 
-from coordinator.kv_blocks import BLOCK_TOKENS
 from coordinator.supervisor import Supervisor
 from shared.config import Settings
 from shared.errors import TpserveError, WorkerLostError
 from shared.messages import (
+    BLOCK_TOKENS,
     Allocated,
     AllocateKV,
     CommReady,

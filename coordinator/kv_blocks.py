@@ -10,9 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-BLOCK_TOKENS = 16
-"""Positions of one KV block."""
-
 
 def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a block's tokens and of everything before them."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from coordinator.job import Job
 from coordinator.jobs import JobQueue
-from coordinator.kv_blocks import BLOCK_TOKENS, BlockPool
+from coordinator.kv_blocks import BlockPool
 from coordinator.sequence import Sequence
-from shared.messages import BlockCopy, SequenceStep
+from shared.messages import BLOCK_TOKENS, BlockCopy, SequenceStep
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import time
 from array import array
 from dataclasses import dataclass, field
 
-from coordinator.kv_blocks import BLOCK_TOKENS, chain_digest
+from coordinator.kv_blocks import chain_digest
 from coordinator.text import Detokenizer, StopStrings
-from shared.messages import Choice, FinishReason, History, Sampling, TokenLogprob
+from shared.messages import BLOCK_TOKENS, Choice, FinishReason, History, Sampling, TokenLogprob
 
 
 @dataclass(eq=False)

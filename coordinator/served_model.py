@@ -5,12 +5,11 @@ from pathlib import Path
 
 from coordinator.cluster import ModelOnWorkers
 from coordinator.jobs import JobQueue
-from coordinator.kv_blocks import BLOCK_TOKENS
 from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
 from shared.errors import ModelError
-from shared.messages import ModelInfo
+from shared.messages import BLOCK_TOKENS, ModelInfo
 from shared.model_config import (
     GenerationDefaults,
     ModelConfig,

@@ -14,6 +14,8 @@ from msgspec import Meta, Struct
 from shared.errors import InvalidRequestError, TpserveError
 
 PROTOCOL_VERSION = 1
+BLOCK_TOKENS = 16
+"""Positions of one KV block: what a block table in a plan means, so the same for all processes."""
 MAX_MESSAGE_BYTES = 1 << 20
 """Limit of one frame from a client."""
 
@@ -477,7 +479,7 @@ class SequenceStep(Struct, frozen=True, array_like=True):
     tokens: list[int]
     """Token ids; empty: one token, the last one sampled for this slot."""
     blocks: bytes
-    """Block table, int32 little-endian: block i holds positions 16 i to 16 i + 15."""
+    """Block table, int32 little-endian: block i holds the BLOCK_TOKENS positions from BLOCK_TOKENS * i on."""
     sampling: Sampling | None
     """None: only fill the KV cache (a prefill chunk that is not the last)."""
     history: History | None = None

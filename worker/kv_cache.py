@@ -7,8 +7,7 @@ business; here a block is just a row of memory.
 
 import torch
 
-BLOCK_TOKENS = 16
-"""Positions of one KV block."""
+from shared.messages import BLOCK_TOKENS
 
 
 class KVCache:

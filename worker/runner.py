@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.messages import AllocateKV, LoadModel, SequenceStep, StepPlan
+from shared.messages import BLOCK_TOKENS, AllocateKV, LoadModel, SequenceStep, StepPlan
 from shared.model_config import read_model_config
 from shared.sharding import ModelShards
 from worker.comm.base import Communicator
-from worker.kv_cache import BLOCK_TOKENS, KVCache, block_bytes
+from worker.kv_cache import KVCache, block_bytes
 from worker.layers import Placement
 from worker.loader import Checkpoint
 from worker.model import Decoder, StepInput

@@ -15,11 +15,10 @@ from tokenizers import Tokenizer, models
 
 from coordinator.job import Job
 from coordinator.jobs import JobQueue
-from coordinator.kv_blocks import BLOCK_TOKENS
 from coordinator.scheduler import PlannedStep, Scheduler
 from coordinator.sequence import Sequence
 from coordinator.text import Detokenizer
-from shared.messages import Generate, Kind, Sampling
+from shared.messages import BLOCK_TOKENS, Generate, Kind, Sampling
 
 VOCABULARY = 50
 EOS = 7

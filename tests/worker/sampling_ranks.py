@@ -1,8 +1,6 @@
 """Runs the sampler on every rank of a world, and says plainly what it should have chosen."""
 
 import math
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,15 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.messages import CommSetup, History, Sampling
-from shared.sharding import assign_shards, split_groups
-from shared.shm import create_shm_region
+from shared.messages import History, Sampling
+from shared.sharding import split_groups
+from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
-from worker.comm.open import open_communicator
 from worker.sampling.sampler import Sampled, Sampler
 from worker.sampling.vocabulary import Vocabulary
 
-VIRTUAL_SHARDS = 8
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
 
@@ -73,36 +69,14 @@ class Outcome:
     collectives: int
 
 
-def run_ranks(world: int, batches: Sequence[Batch]) -> list[Outcome]:
-    """Sample the batches on all ranks, each in a thread of its own with a real communicator."""
-    owned = assign_shards(world, VIRTUAL_SHARDS)
-    region = create_shm_region(world)
+def sample_on_ranks(world: int, batches: Sequence[Batch]) -> list[Outcome]:
+    """Sample the batches on all ranks, each in a thread of its own; what all of them got."""
     outcomes: dict[int, list[Outcome]] = {}
-    failures: list[BaseException] = []
 
-    def rank_main(rank: int) -> None:
-        setup = CommSetup(
-            kind="local" if world == 1 else "shm",
-            rank=rank,
-            owned=[(own.start, own.stop) for own in owned],
-            deadline_s=60,
-        )
-        comm = open_communicator(setup, None if world == 1 else os.dup(region))
-        try:
-            outcomes[rank] = _run_rank(CountingCommunicator(comm), owned, batches)
-        except BaseException as failure:  # noqa: BLE001 - carried over to the test's thread
-            failures.append(failure)
-        finally:
-            comm.close()
+    def job(comm: Communicator, owned: list[range]) -> None:
+        outcomes[comm.rank] = _run_rank(CountingCommunicator(comm), owned, batches)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    os.close(region)
-    if failures:
-        raise failures[0]
+    run_ranks(world, job)
     for rank in range(1, world):
         assert outcomes[rank] == outcomes[0], f"ranks {rank} and 0 disagree"
     return outcomes[0]
@@ -132,7 +106,7 @@ def _run_rank(
 
 def tokens_of(world: int, rows: Sequence[Row]) -> list[int]:
     """What one batch of these rows gives."""
-    return run_ranks(world, [Batch(rows)])[0].sampled.tokens
+    return sample_on_ranks(world, [Batch(rows)])[0].sampled.tokens
 
 
 # --- what should come out ------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """The sharded decoder against transformers, on random checkpoints in real shapes."""
 
 import itertools
-import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,46 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.messages import AllocateKV, CommSetup, LoadModel, SequenceStep
-from shared.sharding import assign_shards
-from shared.shm import create_shm_region
-from worker.comm.open import open_communicator
-from worker.kv_cache import BLOCK_TOKENS
+from shared.messages import BLOCK_TOKENS, AllocateKV, LoadModel, SequenceStep
+from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
+from worker.comm.base import Communicator
 from worker.runner import Runner
 
-VIRTUAL_SHARDS = 8
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, in float32
-
-
-def run_ranks(world: int, job: Callable[[Runner, int], None]) -> None:
-    """Run `job` on every rank, each in a thread of its own with a real communicator."""
-    owned = assign_shards(world, VIRTUAL_SHARDS)
-    fd = create_shm_region(world)
-    failures: list[BaseException] = []
-
-    def rank_main(rank: int) -> None:
-        setup = CommSetup(
-            kind="local" if world == 1 else "shm",
-            rank=rank,
-            owned=[(own.start, own.stop) for own in owned],
-            deadline_s=60,
-        )
-        comm = open_communicator(setup, None if world == 1 else os.dup(fd))
-        try:
-            job(Runner(comm, list(owned), VIRTUAL_SHARDS), rank)
-        except BaseException as failure:  # noqa: BLE001 - carried over to the test's thread
-            failures.append(failure)
-        finally:
-            comm.close()
-
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    os.close(fd)
-    if failures:
-        raise failures[0]
 
 
 def logits_of(folder: Path, world: int, chunks: list[list[int]]) -> torch.Tensor:
@@ -60,7 +24,8 @@ def logits_of(folder: Path, world: int, chunks: list[list[int]]) -> torch.Tensor
     """
     pieces: dict[int, torch.Tensor] = {}
 
-    def job(runner: Runner, rank: int) -> None:
+    def job(comm: Communicator, owned: list[range]) -> None:
+        runner = Runner(comm, owned, VIRTUAL_SHARDS)
         runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", max_model_len=512))
         runner.allocate(AllocateKV(model="m", blocks=40, slots=1))
         model = runner._models["m"]
@@ -79,7 +44,7 @@ def logits_of(folder: Path, world: int, chunks: list[list[int]]) -> torch.Tensor
                 inputs = type(inputs)(**{**vars(inputs), "logit_rows": last})
                 rows.append(model.decoder(inputs, model.cache)[0])
                 start += len(chunk)
-        pieces[rank] = torch.stack(rows)
+        pieces[comm.rank] = torch.stack(rows)
 
     run_ranks(world, job)
     return torch.cat([pieces[rank] for rank in range(world)], dim=1)
@@ -150,7 +115,8 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
     alone = [logits_of(folder, 1, [p[:-1], p[-1:]] if len(p) > 1 else [p])[-1] for p in prompts]
     per_sequence = 48 // BLOCK_TOKENS
 
-    def job(runner: Runner, rank: int) -> None:
+    def job(comm: Communicator, owned: list[range]) -> None:
+        runner = Runner(comm, owned, VIRTUAL_SHARDS)
         runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", max_model_len=512))
         runner.allocate(AllocateKV(model="m", blocks=len(prompts) * per_sequence, slots=4))
         model = runner._models["m"]

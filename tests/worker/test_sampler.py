@@ -25,7 +25,7 @@ from tests.worker.sampling_ranks import (
     Row,
     changed_logits,
     expected_token,
-    run_ranks,
+    sample_on_ranks,
     tokens_of,
 )
 from worker.comm.base import Floats
@@ -96,7 +96,7 @@ def random_cases(vocab: int) -> tuple[list[Row], list[int]]:
 def test_every_number_of_workers_chooses_the_reference_token(world: int, vocab: int) -> None:
     rows, expected = random_cases(vocab)
     batches = [Batch(rows[start : start + 50]) for start in range(0, len(rows), 50)]
-    outcomes = run_ranks(world, batches)
+    outcomes = sample_on_ranks(world, batches)
     assert [token for outcome in outcomes for token in outcome.sampled.tokens] == expected
 
 
@@ -154,7 +154,7 @@ def test_penalties_count_the_prompt_and_every_token_sampled_since(world: int) ->
         for slot, token in zip(here, tokens, strict=True):
             outputs[slot].append(token)
         expected.append(tokens)
-    assert [outcome.sampled.tokens for outcome in run_ranks(world, batches)] == expected
+    assert [outcome.sampled.tokens for outcome in sample_on_ranks(world, batches)] == expected
 
 
 def test_a_slots_next_sequence_does_not_inherit_penalties() -> None:
@@ -169,7 +169,7 @@ def test_a_slots_next_sequence_does_not_inherit_penalties() -> None:
         Batch([row]),
         Batch([row]),
     ]
-    tokens = [outcome.sampled.tokens[0] for outcome in run_ranks(2, batches)]
+    tokens = [outcome.sampled.tokens[0] for outcome in sample_on_ranks(2, batches)]
     assert tokens == [0, 1, 0, 0, 2, 0]
 
 
@@ -194,7 +194,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(world: int) -> None:
     rows = [row for row in random_rows(1000, 60) if row.sampling.temperature > 0]
     together = tokens_of(world, rows)
     backwards = tokens_of(world, rows[::-1])[::-1]
-    alone = run_ranks(world, [Batch([row]) for row in rows])
+    alone = sample_on_ranks(world, [Batch([row]) for row in rows])
     assert together == backwards == [outcome.sampled.tokens[0] for outcome in alone]
 
 
@@ -259,7 +259,7 @@ def test_a_row_with_nan_or_inf_anywhere_has_no_token_and_harms_no_other(
     rows.append(Row(np.full(vocab, -np.inf, np.float32), s, slot=len(rows)))
     expected = [-1 if row.logits is not healthy else expected_token(row) for row in rows]
     begin = {slot: history([], []) for slot in range(len(rows)) if s.penalises}
-    sampled = run_ranks(world, [Batch(rows, begin)])[0].sampled
+    sampled = sample_on_ranks(world, [Batch(rows, begin)])[0].sampled
     assert sampled.tokens == expected
     if way == "logprobs":
         assert [found is None for found in sampled.logprobs] == [t == -1 for t in expected]
@@ -297,7 +297,7 @@ def test_collectives_are_as_few_as_the_batch_needs() -> None:
         "logprobs": (Batch([Row(peaked, GREEDY), Row(peaked, WAYS["logprobs"])]), 2),
         "all": (Batch([whole, Row(peaked, WAYS["logprobs"])]), 3),
     }
-    outcomes = run_ranks(3, [batch for batch, _ in batches.values()])
+    outcomes = sample_on_ranks(3, [batch for batch, _ in batches.values()])
     taken = dict(zip(batches, [outcome.collectives for outcome in outcomes], strict=True))
     assert taken == {name: count for name, (_, count) in batches.items()}
 
@@ -317,7 +317,7 @@ def test_logprobs_are_the_log_softmax_of_the_models_own_logits(world: int, vocab
         )
         for _ in range(60)
     ]
-    sampled = run_ranks(world, [Batch(rows)])[0].sampled
+    sampled = sample_on_ranks(world, [Batch(rows)])[0].sampled
     assert sampled.tokens == [expected_token(row) for row in rows]
     for row, token, found in zip(rows, sampled.tokens, sampled.logprobs, strict=True):
         wanted = row.sampling.logprobs
@@ -338,20 +338,20 @@ def test_logprobs_have_the_same_bits_for_every_number_of_workers() -> None:
         Row((rng.normal(size=5000) * 2).astype(np.float32), replace(GREEDY, logprobs=20))
         for _ in range(20)
     ]
-    sampled = [run_ranks(world, [Batch(rows)])[0].sampled for world in WORLDS]
+    sampled = [sample_on_ranks(world, [Batch(rows)])[0].sampled for world in WORLDS]
     assert sampled == [sampled[0]] * len(WORLDS)
 
 
 def test_nobody_asks_for_logprobs_nobody_gets_any() -> None:
     rows = [Row(np.zeros(10, np.float32), GREEDY)]
-    assert run_ranks(2, [Batch(rows)])[0].sampled.logprobs == []
+    assert sample_on_ranks(2, [Batch(rows)])[0].sampled.logprobs == []
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_tokens_of_probability_zero_are_not_among_the_most_probable(world: int) -> None:
     logits = np.full(300, -np.inf, dtype=np.float32)
     logits[[7, 290]] = 0, 1
-    found = run_ranks(world, [Batch([Row(logits, replace(GREEDY, logprobs=5))])])
+    found = sample_on_ranks(world, [Batch([Row(logits, replace(GREEDY, logprobs=5))])])
     (logprobs,) = found[0].sampled.logprobs
     assert logprobs is not None
     assert [token for token, _ in logprobs.top] == [290, 7]

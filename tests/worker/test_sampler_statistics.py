@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from tests.worker.sampling_ranks import GREEDY, Batch, Row, kept_tokens, run_ranks
+from tests.worker.sampling_ranks import GREEDY, Batch, Row, kept_tokens, sample_on_ranks
 from worker.sampling.noise import noise_keys, uniform
 from worker.sampling.vocabulary import Doubles
 
@@ -56,7 +56,7 @@ def test_draws_follow_the_exact_distribution(cut: dict[str, float]) -> None:
     s = replace(GREEDY, **{"temperature": 1.0, **cut})
     # Answers of 250 tokens, one seed each.
     rows = [Row(logits, replace(s, seed=i // 250), position=i % 250) for i in range(DRAWS)]
-    outcomes = run_ranks(1, [Batch(rows[i : i + 2000]) for i in range(0, DRAWS, 2000)])
+    outcomes = sample_on_ranks(1, [Batch(rows[i : i + 2000]) for i in range(0, DRAWS, 2000)])
     tokens = [token for outcome in outcomes for token in outcome.sampled.tokens]
     observed = np.bincount(tokens, minlength=len(logits))
     kept = kept_tokens(logits, s)
