@@ -33,7 +33,7 @@ from shared.sockets import dealer
 def work(rank: int, epoch: int, address: str, step_s: float) -> None:
     """Answer the coordinator as a worker does."""
     socket = dealer(zmq.Context(), address, identity=b"%d" % rank)
-    socket.send(encode(Hello(rank=rank, epoch=epoch, pid=os.getpid())))
+    socket.send(encode(Hello(rank=rank, epoch=epoch, pid=os.getpid(), kernels="none")))
     tokens = itertools.cycle(range(100, 200))
     while True:
         match decode_to_worker(socket.recv()):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -25,8 +25,10 @@ from shared.messages import (
     CommSetup,
     FromWorker,
     Hello,
+    KVPrecision,
     Loaded,
     LoadModel,
+    Precision,
     SetUp,
     ShutDown,
     StepPlan,
@@ -56,7 +58,8 @@ class ModelOnWorkers:
 
     name: str
     path: Path
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Precision
+    kv_dtype: KVPrecision
     max_model_len: int
     kv_blocks: int = 0
     weight_bytes: list[int] = field(default_factory=list)
@@ -78,6 +81,8 @@ class Cluster:
         self._run_dir = run_dir
         self._address = f"ipc://{run_dir}/workers"
         self.models = models
+        self.kernels = ""
+        """What the workers compute with, once they have said so."""
         self.owned = assign_shards(settings.workers, settings.virtual_shards)
         self.socket = worker_facing(context, self._address)
         self.supervisor = Supervisor(settings.log_level, worker_command)
@@ -156,25 +161,40 @@ class Cluster:
             self._shm_fd = None
 
     def _bring_up(self) -> Conversation:
-        yield from self._hear_all(Hello)
+        hellos = yield from self._hear_all(Hello)
+        self.kernels = hellos[0].kernels
+        log.info("%d workers compute with %s kernels", len(hellos), self.kernels)
         for rank in range(len(self.owned)):
             self._to(rank, self._set_up(rank))
         yield from self._hear_all(CommReady)
         for model in self.models:
-            log.info("loading %s from %s as %s", model.name, model.path, model.dtype)
+            log.info(
+                "loading %s from %s as %s, KV cache as %s",
+                model.name,
+                model.path,
+                model.dtype,
+                model.kv_dtype,
+            )
             self._to_all(
                 LoadModel(
                     model=model.name,
                     path=str(model.path),
                     dtype=model.dtype,
+                    kv_dtype=model.kv_dtype,
                     max_model_len=model.max_model_len,
                 )
             )
             loaded = yield from self._hear_all(Loaded)
             model.weight_bytes = [answer.weight_bytes for answer in loaded]
             model.kv_blocks = self._kv_blocks(model, loaded)
-            slots = self._settings.max_num_seqs
-            self._to_all(AllocateKV(model=model.name, blocks=model.kv_blocks, slots=slots))
+            self._to_all(
+                AllocateKV(
+                    model=model.name,
+                    blocks=model.kv_blocks,
+                    slots=self._settings.max_num_seqs,
+                    tokens=self._settings.max_batched_tokens,
+                )
+            )
             yield from self._hear_all(Allocated)
             log.info(
                 "%s: %.1f MB of weights on the largest worker, KV cache for %d tokens",

@@ -9,7 +9,7 @@ from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
 from shared.errors import ModelError
-from shared.messages import BLOCK_TOKENS, ModelInfo
+from shared.messages import BLOCK_TOKENS, KVPrecision, ModelInfo, Precision
 from shared.model_config import (
     GenerationDefaults,
     ModelConfig,
@@ -42,7 +42,8 @@ class ServedModel:
     @property
     def root_digest(self) -> bytes:
         """What the KV of a token depends on besides the tokens before it."""
-        return f"{self.name}|{self.on_workers.path}|{self.on_workers.dtype}".encode()
+        on_workers = self.on_workers
+        return f"{self.name}|{on_workers.path}|{on_workers.dtype}|{on_workers.kv_dtype}".encode()
 
     def info(self) -> ModelInfo:
         """What clients are told."""
@@ -66,6 +67,12 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
         raise ModelError(f"model {name}: {path} is not a folder")
     config = read_model_config(folder)
     limit = settings.max_model_len or config.max_positions
+    dtype: Precision = config.dtype if settings.dtype == "auto" else settings.dtype
+    kv_dtype: KVPrecision
+    if settings.kv_dtype != "auto":
+        kv_dtype = settings.kv_dtype
+    else:
+        kv_dtype = "bf16" if dtype in ("int8", "int4") else dtype
     return ServedModel(
         name=name,
         config=config,
@@ -74,7 +81,8 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
         on_workers=ModelOnWorkers(
             name=name,
             path=folder,
-            dtype=config.dtype if settings.dtype == "auto" else settings.dtype,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
             max_model_len=min(limit, config.max_positions),
         ),
         queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),

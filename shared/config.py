@@ -36,8 +36,12 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(min_length=1, description="NAME=PATH of a model folder; repeatable"),
     ] = msgspec.field(default_factory=_demo_models)
     dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        Meta(description="precision of weights and KV cache; auto: the checkpoint's"),
+        Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"],
+        Meta(description="precision of the weights; auto: the checkpoint's"),
+    ] = "auto"
+    kv_dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16", "int8"],
+        Meta(description="precision of the KV cache; auto: the weights', bf16 if those are int8 or int4"),
     ] = "auto"
     comm: Annotated[
         Literal["shm", "zmq", "gloo"],

@@ -386,6 +386,12 @@ TERMINAL_EVENTS = (Done, Failed, Cancelled)
 # --- coordinator -> worker ------------------------------------------------------------------------
 
 
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+"""Of weights. int8, int4: in groups of 32 with a scale each."""
+KVPrecision = Literal["fp32", "bf16", "fp16", "int8"]
+"""Of keys and values. int8: with a scale for each position and head."""
+
+
 class CommSetup(Struct, frozen=True, kw_only=True):
     """How the workers of one epoch reach each other."""
 
@@ -418,7 +424,8 @@ class LoadModel(_ToWorker, frozen=True, kw_only=True, tag="load"):
 
     model: str
     path: str
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Precision
+    kv_dtype: KVPrecision
     max_model_len: int
 
 
@@ -429,6 +436,8 @@ class AllocateKV(_ToWorker, frozen=True, kw_only=True, tag="kv"):
     blocks: int
     slots: int
     """Sequences that may run at once: the size of the table of last tokens."""
+    tokens: int
+    """Of one step at most."""
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -522,6 +531,8 @@ class Hello(_FromWorker, frozen=True, kw_only=True, tag="hello"):
     """The process is up. `epoch` is the one it was started for."""
 
     pid: int
+    kernels: str
+    """What it computes with: "native " and the instruction set, or "torch"."""
 
 
 class CommReady(_FromWorker, frozen=True, kw_only=True, tag="comm_ready"):

@@ -19,8 +19,8 @@ import os
 
 HEADER_BYTES = 128
 """Two cache lines, because the prefetcher of x86 fetches lines in pairs."""
-BUFFER_BYTES = 1 << 18
-"""Longer blocks are exchanged in several rounds."""
+BUFFER_BYTES = 64 << 20
+"""Room for what a whole step exchanges at once; what is not used takes no memory."""
 _PAGE_BYTES = 4096
 
 
@@ -38,7 +38,8 @@ def buffer_offset(world: int, rank: int, parity: int) -> int:
 def create_shm_region(world: int) -> int:
     """A new zero-filled region for `world` ranks, as a file descriptor the caller owns.
 
-    Memory is taken only as ranks write to it. The descriptor is closed on exec; pass it to a worker
+    Memory is taken page by page as ranks write to it, and kept until the region goes; it counts
+    towards the memory limit of the container. The descriptor is closed on exec; pass it to a worker
     explicitly (`subprocess.Popen(..., pass_fds=[fd])`).
     """
     descriptor = os.memfd_create("tpserve-collectives", os.MFD_CLOEXEC)

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Runs the tests: tests/run.sh [pytest arguments]. Sets .venv up as launch.sh does, and adds pytest.
+# Runs the tests: tests/run.sh [pytest arguments]. Sets .venv and the native library up as launch.sh
+# does, and adds pytest.
 set -euo pipefail
 
+root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # shellcheck source=scripts/venv.sh
-source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../scripts/venv.sh"
+source "$root/scripts/venv.sh"
+# shellcheck source=scripts/native.sh
+source "$root/scripts/native.sh"
 
 prepare_venv dev
+prepare_native
 cd "$project_root"
 exec "$venv/bin/python" -m pytest "$@"

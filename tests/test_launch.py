@@ -1,7 +1,8 @@
-"""launch.sh and the set-up code behind it (scripts/venv.sh), each test in a copy of the project.
+"""launch.sh and the set-up code behind it (scripts/), each test in a copy of the project.
 
 A real .venv takes a minute to make, so most tests give the scripts an interpreter that notes what pip
-is asked for and installs nothing. That the real thing works is seen each time tests/run.sh starts.
+is asked for and installs nothing. The native library is a few lines in the copies, and mostly built.
+That the real things work is seen each time tests/run.sh starts.
 """
 
 import os
@@ -17,12 +18,19 @@ from pathlib import Path
 
 import pytest
 
+from worker.native.build import Options, describe_inputs
+
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("launch.sh", "scripts/venv.sh", "pyproject.toml", "requirements.lock")
+FILES = (
+    *("launch.sh", "scripts/venv.sh", "scripts/native.sh", "worker/native/build.py"),
+    "worker/native/toolchain.py",
+    *("pyproject.toml", "requirements.lock"),
+)
 TOOLS = (
     *("bash", "cat", "cp", "dirname", "env", "flock", "grep", "mkdir", "mv", "readlink", "rm"),
-    *("sh", "sha256sum", "sleep", "tail", "timeout", "touch"),
+    *("sh", "sha256sum", "sleep", "tail", "timeout", "touch", "uname"),
 )
+COMPILER_TOOLS = ("c++", "as", "ld")
 DEADLINE_S = 60
 
 NOTING_PYTHON = """\
@@ -38,6 +46,10 @@ case "$*" in
     *"-m pip "*)
         echo "$*" >>"{calls}"
         sleep "${{INSTALL_TAKES:-0}}"
+        ;;
+    *worker.native.build*)
+        echo "build" >>"{calls}"
+        exec "{python}" "$@"
         ;;
     *) exec "{python}" "$@" ;;
 esac
@@ -62,13 +74,25 @@ class Project:
         for name in FILES:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
+        self.add_built_library()
         self.bin.mkdir()
-        for tool in TOOLS:
-            path = shutil.which(tool)
-            assert path is not None, f"{tool} is needed for this test"
-            (self.bin / tool).symlink_to(path)
+        self.add_tools(*TOOLS)
         self.add_executable(self.server, PRINTING_SERVER)
         self.env = {"PATH": str(self.bin), "HOME": str(folder), "TORCH_CPU_INDEX_URL": ""}
+
+    def add_tools(self, *names: str) -> None:
+        for name in names:
+            path = shutil.which(name)
+            assert path is not None, f"{name} is needed for this test"
+            (self.bin / name).symlink_to(path)
+
+    def add_built_library(self) -> None:
+        """A source of the native library, and what a build of it leaves but for the machine code."""
+        native = self.root / "worker/native"
+        (native / "library.cpp").write_text("int library() { return 1; }\n")
+        self.native = Options(native, native / "libtpserve.so")
+        self.native.library.touch()
+        self.native.stamp.write_text(f"compiler of another machine\n{describe_inputs(self.native)}")
 
     def add_executable(self, path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +126,7 @@ class Project:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self) -> list[str]:
-        """What was asked of `python -m venv` and `python -m pip` since the last look."""
+        """What was asked of Python since the last look: `-m venv`, `-m pip`, the build."""
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.write_text("")
         return lines
@@ -262,6 +286,60 @@ def test_a_pip_set_up_for_other_things_does_not_get_in_the_way(project: Project)
     noting.write_text(noting.read_text().replace('echo "$*"', 'echo "user=$PIP_USER" "$*"'))
     project.launch(PIP_USER="1", PIP_TARGET="/nowhere")
     assert installs(project.calls())[0].startswith("user= ")
+
+
+# --- the native library ---------------------------------------------------------------------------
+
+
+def test_without_a_compiler_one_line_says_so_and_the_server_starts(project: Project) -> None:
+    project.add_noting_python()
+    assert "compiler" not in project.launch().stderr  # the library is older than this machine
+    (project.native.sources / "library.cpp").write_text("int library() { return 2; }\n")
+    result = project.launch("--workers", "2")
+    assert result.returncode == 0
+    assert "serve --workers 2" in result.stdout
+    assert result.stderr.count("\n") == 1
+    assert "no C++ compiler" in result.stderr
+    assert not project.native.library.exists()
+
+
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in COMPILER_TOOLS), reason="there is no C++ compiler"
+)
+def test_only_the_library_is_made_again_when_only_its_sources_changed(project: Project) -> None:
+    project.add_noting_python()
+    project.add_tools(*COMPILER_TOOLS)
+    project.launch()
+    assert project.calls()[-1] == "build"  # another compiler than the stamp's
+    project.launch()
+    assert project.calls() == []
+
+    (project.native.sources / "library.h").write_text("// a new header\n")
+    result = project.launch()
+    assert project.calls() == ["build"]
+    assert result.stderr.count("\n") == 1
+    assert "compiling the native kernels" in result.stderr
+    assert project.native.library.stat().st_size > 0
+    assert project.launch().stderr == ""
+    assert project.calls() == []
+
+
+def test_an_interrupted_build_does_not_start_the_server(project: Project) -> None:
+    project.add_noting_python()
+    started = project.root / "started"
+    endless = f'[ "$1" = --version ] && echo endless && exit; touch "{started}"; sleep 1000'
+    project.add_executable(project.bin / "c++", f"#!/bin/sh\n{endless}\n")
+    process = project.start()
+    give_up = time.monotonic() + DEADLINE_S
+    while not started.exists():
+        assert process.poll() is None, "it did not wait for the build"
+        assert time.monotonic() < give_up, "the build was not started"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode != 0
+    assert "serve" not in out
+    assert "Traceback" not in err
 
 
 # --- which torch ----------------------------------------------------------------------------------

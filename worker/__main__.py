@@ -37,6 +37,8 @@ from shared.messages import (
 )
 from shared.sockets import dealer
 from worker.comm.open import open_communicator
+from worker.native.api import Pool, native_library
+from worker.ops.choose import describe
 from worker.runner import Runner, TimedCommunicator
 
 log = logging.getLogger("worker")
@@ -51,13 +53,20 @@ class Worker:
     def __init__(self, rank: int, epoch: int, shm_fd: int | None, socket: zmq.SyncSocket) -> None:
         self._rank, self._epoch, self._shm_fd = rank, epoch, shm_fd
         self._socket = socket
+        self._library = native_library()
         self._comm: TimedCommunicator | None = None
         self._runner: Runner | None = None
         self._compute_s = self._comm_s = self._told_at = 0.0
 
     def run(self) -> None:
         """Serve the coordinator until it says shut down."""
-        self._send(Hello(rank=self._rank, epoch=self._epoch, pid=os.getpid()))
+        self._send(Hello(
+                rank=self._rank,
+                epoch=self._epoch,
+                pid=os.getpid(),
+                kernels=describe(self._library),
+            )
+        )
         while True:
             order = decode_to_worker(self._socket.recv())
             if isinstance(order, ShutDown):
@@ -105,10 +114,9 @@ class Worker:
                 return None
 
     def _step(self, plan: StepPlan) -> StepResult | None:
-        assert self._comm is not None, "set-up comes before steps"
-        began, in_comm = time.perf_counter(), self._comm.seconds
+        began, in_comm = time.perf_counter(), self._in_comm_s()
         sampled = self._ready_runner.step(plan)
-        self._account(time.perf_counter() - began, self._comm.seconds - in_comm)
+        self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
         return StepResult(
@@ -118,6 +126,10 @@ class Worker:
             tokens=sampled.tokens,
             logprobs=sampled.logprobs,
         )
+
+    def _in_comm_s(self) -> float:
+        assert self._comm is not None, "set-up comes before steps"
+        return self._comm.seconds + self._ready_runner.comm_seconds
 
     def _account(self, elapsed_s: float, in_comm_s: float) -> None:
         """Add up where the time goes, and tell it once a second."""
@@ -143,7 +155,10 @@ class Worker:
             os.sched_setaffinity(0, mine)
         self._comm = TimedCommunicator(open_communicator(order.comm, self._shm_fd))
         owned = [range(start, stop) for start, stop in order.comm.owned]
-        self._runner = Runner(self._comm, owned, order.virtual_shards)
+        pool = None
+        if self._library is not None:
+            pool = Pool(self._library, order.threads, len(owned))
+        self._runner = Runner(self._comm, owned, order.virtual_shards, pool)
         self._comm.barrier()
 
     @property

@@ -54,11 +54,10 @@ class Checkpoint:
         self,
         name: str,
         shape: tuple[int, ...],
-        dtype: torch.dtype,
         rows: range | None = None,
         columns: range | None = None,
     ) -> torch.Tensor:
-        """A contiguous copy of `rows` and `columns` (None: all) of tensor `name`, as `dtype`.
+        """A contiguous copy of `rows` and `columns` (None: all) of tensor `name`, in the file's dtype.
 
         `shape` is what the whole tensor must have. Raises ModelError.
         """
@@ -70,7 +69,7 @@ class Checkpoint:
             )
             # copy=True: the slice is a view of the file's mapping, which must not be kept alive.
             own: torch.Tensor = piece[index]
-            return own.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            return own.clone(memory_format=torch.contiguous_format)
 
     def map(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor as a view of the file, in the file's dtype.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from shared.errors import CommError
 from shared.messages import History, Sampling
 from shared.sharding import split_groups
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
@@ -42,12 +42,17 @@ class CountingCommunicator:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self.rank, self.world = comm.rank, comm.world
+        self.rank, self.world, self.tree = comm.rank, comm.world, comm.tree
+        self.native, self.buffer_bytes = comm.native, comm.buffer_bytes
         self.calls = 0
 
     def all_reduce_tree(self, partials: Floats) -> Floats:
         self.calls += 1
         return self._comm.all_reduce_tree(partials)
+
+    def all_reduce_roots(self, roots: Floats) -> Floats:
+        self.calls += 1
+        return self._comm.all_reduce_roots(roots)
 
     def exchange_small(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         self.calls += 1
@@ -56,6 +61,9 @@ class CountingCommunicator:
     def barrier(self) -> None:
         self.calls += 1
         self._comm.barrier()
+
+    def lost(self, rank: int, operation: str) -> CommError:
+        return self._comm.lost(rank, operation)
 
     def close(self) -> None:
         self._comm.close()
@@ -95,7 +103,7 @@ def _run_rank(
             sampler.begin(slot, history)
         before = comm.calls
         sampled = sampler(
-            torch.from_numpy(np.stack([row.logits[mine] for row in batch.rows])),
+            np.stack([row.logits[mine] for row in batch.rows]),
             [row.sampling for row in batch.rows],
             [row.position for row in batch.rows],
             [row.slot for row in batch.rows],

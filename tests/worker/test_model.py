@@ -26,8 +26,8 @@ def logits_of(folder: Path, world: int, chunks: list[list[int]]) -> torch.Tensor
 
     def job(comm: Communicator, owned: list[range]) -> None:
         runner = Runner(comm, owned, VIRTUAL_SHARDS)
-        runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", max_model_len=512))
-        runner.allocate(AllocateKV(model="m", blocks=40, slots=1))
+        runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=512))
+        runner.allocate(AllocateKV(model="m", blocks=40, slots=1, tokens=512))
         model = runner._models["m"]
         assert model.cache is not None
         # Blocks in a scrambled order: the cache is paged, and nothing may depend on neighbours.
@@ -117,8 +117,8 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
 
     def job(comm: Communicator, owned: list[range]) -> None:
         runner = Runner(comm, owned, VIRTUAL_SHARDS)
-        runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", max_model_len=512))
-        runner.allocate(AllocateKV(model="m", blocks=len(prompts) * per_sequence, slots=4))
+        runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=512))
+        runner.allocate(AllocateKV(model="m", blocks=len(prompts) * per_sequence, slots=4, tokens=512))
         model = runner._models["m"]
         assert model.cache is not None
 

@@ -5,7 +5,7 @@ tree included, on top of the one thing a transport has to provide: an all-gather
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +34,14 @@ class Communicator(Protocol):
 
     rank: int
     world: int
+    tree: ReductionTree
+    """Who owns which virtual shards, and in which order partial sums are added."""
+    native: int | None
+    """Address of the native library's Collective that exchanges this communicator's rounds, for
+    programs of the library, which so share its count of rounds; None: there is none. Good until
+    `close`."""
+    buffer_bytes: int
+    """What a rank may post there in one round; 0 without one."""
 
     def all_reduce_tree(self, partials: Floats) -> Floats:
         """Sum over all virtual shards of all ranks in the fixed binary tree.
@@ -43,11 +51,24 @@ class Communicator(Protocol):
         result may share memory with `partials`, and is the caller's to change.
         """
 
+    def all_reduce_roots(self, roots: Floats) -> Floats:
+        """The second half of all_reduce_tree, for a caller that has done `tree.local_additions`.
+
+        roots: [R, n] C-contiguous, the sums that then stand at `tree.local_roots`; overwritten.
+        Returns [n], as all_reduce_tree.
+        """
+
     def exchange_small(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """All-gather: the same shape and dtype from every rank -> [world, *shape], rank by rank."""
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
+
+    def lost(self, rank: int, operation: str) -> CommError:
+        """The error for a peer that stayed silent, said by who has waited at `native` for it.
+
+        From then on every call raises it.
+        """
 
     def close(self) -> None:
         """Release sockets and memory. Does not wait for peers. May be called twice."""
@@ -64,11 +85,11 @@ class TreeCommunicator(ABC):
         tree = ReductionTree.build([range(*shards) for shards in setup.owned], setup.rank)
         self.rank = setup.rank
         self.world = len(setup.owned)
+        self.tree = tree
+        self.native: int | None = None
+        self.buffer_bytes = 0
         self._deadline_s = setup.deadline_s
         self._failure: CommError | None = None
-        self._local_additions = tree.local_additions
-        self._local_roots = tree.local_roots
-        self._roots_per_rank = tree.roots_per_rank
         self._global_additions = _assign_slots(tree.global_additions)
         self._one_row_each = (1,) * self.world
         self._block_bytes = block_bytes
@@ -91,7 +112,7 @@ class TreeCommunicator(ABC):
         the columns `parts[r]` of every row; parts are of one length.
 
         Returned rows are read-only, stay valid until the next call, and in a world of several ranks
-        share no memory with `rows`. Raises CommError (made by `_lost`) that says in which `operation`
+        share no memory with `rows`. Raises CommError (made by `_fail`) that says in which `operation`
         a peer was lost.
         """
 
@@ -101,12 +122,18 @@ class TreeCommunicator(ABC):
 
     def all_reduce_tree(self, partials: Floats) -> Floats:
         """See Communicator."""
-        length = partials.shape[1]
-        if length <= self._columns:
-            return self._reduce(list(partials))
-        for start in range(0, length, self._columns):
-            self._reduce(list(partials[:, start : start + self._columns]))
+        for rows in self._pieces(partials):
+            for i, j in self.tree.local_additions:
+                np.add(rows[i], rows[j], rows[i])
+            self._finish([rows[i] for i in self.tree.local_roots])
         total: Floats = partials[0]
+        return total
+
+    def all_reduce_roots(self, roots: Floats) -> Floats:
+        """See Communicator."""
+        for rows in self._pieces(roots):
+            self._finish(rows)
+        total: Floats = roots[0]
         return total
 
     def exchange_small(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
@@ -126,18 +153,29 @@ class TreeCommunicator(ABC):
         self._refuse_if_failed()
         self._all_gather("barrier", [np.zeros(1, np.uint8)], self._one_row_each)
 
-    def _reduce(self, rows: list[Floats]) -> Floats:
-        """One piece: rows[s] are the columns of virtual shard s; the total is left in rows[0]."""
+    def lost(self, rank: int, operation: str) -> CommError:
+        """See Communicator."""
+        return self._fail(rank, operation, f"did not answer within {self._deadline_s:g} s")
+
+    def _pieces(self, vectors: Floats) -> Iterator[list[Floats]]:
+        """The rows of `vectors`, cut into columns that fit into one block."""
+        length = vectors.shape[1]
+        if length <= self._columns:
+            yield list(vectors)
+            return
+        for start in range(0, length, self._columns):
+            yield list(vectors[:, start : start + self._columns])
+
+    def _finish(self, roots: list[Floats]) -> None:
+        """From the roots of this rank to the total of all, which is left in roots[0]."""
         self._refuse_if_failed()
-        add = np.add
-        for i, j in self._local_additions:
-            add(rows[i], rows[j], rows[i])
-        roots = [rows[i] for i in self._local_roots]
-        if self.world > 2 and rows[0].size >= _SLICED_FLOATS:
-            self._finish_in_slices(roots, rows[0])
+        total = roots[0]
+        if self.world > 2 and total.size >= _SLICED_FLOATS:
+            self._finish_in_slices(roots, total)
         else:
-            self._finish_tree(self._all_gather("all-reduce", roots, self._roots_per_rank), rows[0])
-        return rows[0]
+            self._finish_tree(
+                self._all_gather("all-reduce", roots, self.tree.roots_per_rank), total
+            )
 
     def _finish_tree(self, gathered: Sequence[Floats], total: Floats) -> None:
         """Add up all ranks' roots, which are read-only, into `total`."""
@@ -155,7 +193,9 @@ class TreeCommunicator(ABC):
         starts = [min(rank * width, total.size - width) for rank in range(self.world)]
         parts = [slice(start, start + width) for start in starts]
         mine = total[parts[self.rank]]
-        self._finish_tree(self._all_gather("all-reduce", roots, self._roots_per_rank, parts), mine)
+        self._finish_tree(
+            self._all_gather("all-reduce", roots, self.tree.roots_per_rank, parts), mine
+        )
         for part, finished in zip(
             parts, self._all_gather("all-reduce", [mine], self._one_row_each), strict=True
         ):
@@ -172,10 +212,9 @@ class TreeCommunicator(ABC):
         if self._failure is not None:
             raise self._failure
 
-    def _lost(self, rank: int, operation: str, reason: str | None = None) -> CommError:
+    def _fail(self, rank: int, operation: str, reason: str) -> CommError:
         """The error for a lost peer, which is also what every later call raises."""
-        what = reason or f"did not answer within {self._deadline_s:g} s"
-        self._failure = CommError(rank, f"{what} in {operation}")
+        self._failure = CommError(rank, f"{reason} in {operation}")
         return self._failure
 
 

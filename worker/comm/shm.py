@@ -1,17 +1,11 @@
 """Collectives through memory that the ranks of one host share (layout: shared/shm.py).
 
-A rank posts a round by writing its rows into its buffer and then raising its sequence number; it
-reads its peers' rows when their numbers have come as far. Nothing else is ever locked or signalled.
-
-Data and number are plain stores and loads, in this order only because x86-64 keeps the order of
-stores and that of loads (and memcpy ends its non-temporal stores with a fence). Other machines do
-not promise that, and are refused.
+Owns the region's mapping and knows where each rank's rows are; `rounds` posts them and waits.
 """
 
+import ctypes
 import mmap
 import os
-import platform
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,17 +13,12 @@ import numpy.typing as npt
 
 from shared.errors import ConfigError
 from shared.messages import CommSetup
-from shared.shm import BUFFER_BYTES, HEADER_BYTES, buffer_offset, region_bytes
+from shared.shm import BUFFER_BYTES, buffer_offset, region_bytes
 from worker.comm.base import Row, TreeCommunicator
+from worker.comm.rounds import NativeRounds, PythonRounds, Rounds, Seat
 
-_POLLS = 300
-"""About 20 us of spinning, longer than what well-matched ranks wait for each other."""
-_POLLS_WHEN_CROWDED = 4
-"""With more ranks than cores, a spinning rank keeps its peers from running."""
-_YIELDS = 1000
-"""About 1 ms of offering the core to others, before a sleep, from which one wakes late."""
-_FIRST_SLEEP_S = 50e-6
-_LONGEST_SLEEP_S = 1e-3
+_BLOCK_BYTES = 1 << 18
+"""Much less than a buffer holds, so that peers find in the cache what a rank has just written."""
 _SHAPES_KEPT = 512
 
 _Shape = tuple[int, str, tuple[int, ...]]
@@ -41,37 +30,34 @@ _Views = tuple[Sequence[Row], Sequence[Row]]
 class ShmCommunicator(TreeCommunicator):
     """One of the ranks that share a region made by `create_shm_region`."""
 
-    def __init__(self, setup: CommSetup, descriptor: int) -> None:
-        """Maps the region and closes `descriptor`. Raises ConfigError when that cannot work."""
-        super().__init__(setup, BUFFER_BYTES)
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            raise ConfigError(
-                f"--comm shm relies on the memory order of x86-64, and this is a"
-                f" {platform.machine()} machine; use --comm zmq"
-            )
+    def __init__(
+        self, setup: CommSetup, descriptor: int, library: ctypes.CDLL | None, crowded: bool
+    ) -> None:
+        """Maps the region and closes `descriptor`. Raises ConfigError when that cannot work.
+
+        library: the native one, or None for plain Python; the same for all ranks. crowded: more
+        threads than cores are going to compute.
+        """
+        super().__init__(setup, _BLOCK_BYTES)
         size, expected = os.fstat(descriptor).st_size, region_bytes(self.world)
         if size != expected:
             raise ConfigError(
                 f"the shared memory region has {size} bytes, {self.world} ranks need {expected}"
             )
         # The mapping goes away with the last view of it, and needs the descriptor no longer.
-        mapping = mmap.mmap(descriptor, size)
+        self._memory: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+        seat = Seat(self._memory, self.rank, self.world, crowded, setup.deadline_s)
+        self._rounds: Rounds = NativeRounds(seat, library) if library else PythonRounds(seat)
         os.close(descriptor)
-        self._memory: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-        self._posted = memoryview(mapping)[: self.world * HEADER_BYTES].cast("Q")
-        self._mine = self.rank * HEADER_BYTES // 8
-        self._peers = tuple(
-            (rank, rank * HEADER_BYTES // 8) for rank in range(self.world) if rank != self.rank
-        )
-        crowded = self.world > len(os.sched_getaffinity(0))
-        self._polls = _POLLS_WHEN_CROWDED if crowded else _POLLS
-        self._round = 0
+        self.native = self._rounds.native
+        self.buffer_bytes = BUFFER_BYTES if self.native else 0
         self._views: dict[_Shape, tuple[_Views, _Views]] = {}
 
     def close(self) -> None:
         """See Communicator."""
+        self.native, self.buffer_bytes = None, 0
+        self._rounds.close()
         self._views.clear()
-        self._posted = memoryview(b"").cast("Q")
         self._memory = np.empty(0, np.uint8)
 
     def _all_gather(
@@ -86,38 +72,13 @@ class ShmCommunicator(TreeCommunicator):
         views = self._views.get(shape) or self._make_views(shape)
         # Two buffers in turn are enough: a rank comes to round k + 2 only when all peers have posted
         # round k + 1, and a peer posts that only after it has finished reading round k.
-        self._round = current = self._round + 1
-        mine, everyone = views[current & 1]
+        mine, everyone = views[self._rounds.next_parity]
         for target, row in zip(mine, rows, strict=True):
             target[:] = row
-        posted = self._posted
-        posted[self._mine] = current
-        for _, index in self._peers:
-            if posted[index] < current:
-                self._await_peers(current, operation)
-                break
+        silent = self._rounds.exchange()
+        if silent is not None:
+            raise self.lost(silent, operation)
         return everyone if parts is None else [row[parts[self.rank]] for row in everyone]
-
-    def _await_peers(self, current: int, operation: str) -> None:
-        """Spin, then yield, then sleep, until all peers have posted round `current`."""
-        posted = self._posted
-        polls = self._polls
-        yields = polls + _YIELDS
-        pause = _FIRST_SLEEP_S
-        deadline = time.monotonic() + self._deadline_s
-        done = 0
-        for rank, index in self._peers:
-            while posted[index] < current:
-                done += 1
-                if done < polls:
-                    continue
-                if done < yields:
-                    os.sched_yield()
-                else:
-                    time.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_SLEEP_S)
-                if time.monotonic() > deadline:
-                    raise self._lost(rank, operation)
 
     def _make_views(self, shape: _Shape) -> tuple[_Views, _Views]:
         """Views are made once per shape: making one takes as long as adding 1,000 floats."""

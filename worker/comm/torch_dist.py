@@ -72,12 +72,12 @@ class GlooCommunicator(TreeCommunicator):
             try:
                 store.wait([_presence_key(peer)], _time_left(deadline))
             except RuntimeError:
-                raise self._lost(peer, "rendezvous") from None
+                raise self.lost(peer, "rendezvous") from None
         try:
             group = ProcessGroupGloo(store, self.rank, self.world, _time_left(deadline))
         except RuntimeError as error:
             peer = self._first_unconnected(store)
-            raise self._lost(
+            raise self._fail(
                 peer, "rendezvous", f"no connection ({_first_sentence(error)})"
             ) from None
         return cast(_PointToPoint, group)
@@ -118,9 +118,9 @@ class GlooCommunicator(TreeCommunicator):
                     work.wait(_time_left(deadline))
         except RuntimeError as error:
             if time.monotonic() >= deadline:
-                raise self._lost(peer, operation) from None
+                raise self.lost(peer, operation) from None
             reason = f"connection lost ({_first_sentence(error)})"
-            raise self._lost(peer, operation, reason) from None
+            raise self._fail(peer, operation, reason) from None
         return [row for block in blocks for row in block]
 
 

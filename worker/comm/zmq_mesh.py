@@ -132,10 +132,10 @@ class ZmqCommunicator(TreeCommunicator):
             message = np.frombuffer(link.recv(zmq.NOBLOCK, copy=False).buffer, np.uint8)
         if message.size != _HEADER_BYTES + size:
             reason = f"sent {message.size - _HEADER_BYTES} bytes instead of {size}"
-            raise self._lost(peer, operation, reason)
+            raise self._fail(peer, operation, reason)
         number = int(message[:_HEADER_BYTES].view(np.uint64)[0])
         if number != self._round:
-            raise self._lost(peer, operation, f"sent round {number} instead of {self._round}")
+            raise self._fail(peer, operation, f"sent round {number} instead of {self._round}")
         return message
 
     def _wait(self, peers: Set[int], event: int, deadline: float, operation: str) -> None:
@@ -143,4 +143,4 @@ class ZmqCommunicator(TreeCommunicator):
         remaining_ms = int(max(0.0, deadline - time.monotonic()) * 1000)
         # Half the cost of Socket.poll, which makes a Poller for each call.
         if not zmq.zmq_poll([(self._links[peer], event) for peer in peers], remaining_ms):
-            raise self._lost(min(peers), operation)
+            raise self.lost(min(peers), operation)

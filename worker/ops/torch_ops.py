@@ -4,10 +4,17 @@ Activations are float32 [T, ...] between operations; products take their inputs 
 dtype. torch picks kernels by shape, so results may differ in the last bits between batches.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+
+from shared.messages import BLOCK_TOKENS, SequenceStep
+from worker.comm.base import Communicator, Floats
+from worker.kv_cache import KVCache, block_bytes
+from worker.ops.base import HeadLayout, Ints, RopeTable
 
 _UPCAST_ROWS = 32
 """From so many rows on a CPU without 16-bit matrix instructions does better in float32 (5632 x 2048,
@@ -40,12 +47,242 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Which cached positions each token of a step attends to."""
+class StepInput:
+    """One forward pass: T tokens of several sequences, and whose logits are wanted."""
 
+    ids: torch.Tensor
+    """[T] int64."""
+    positions: torch.Tensor
+    """[T] int64."""
+    places: torch.Tensor
+    """[T] int64: where the KV cache keeps each token."""
     prefill: tuple[PrefillSpan, ...]
     decode: DecodeBatch | None
-    sliding_window: int | None
+    logit_rows: torch.Tensor
+    """[B] int64: the tokens whose successors are wanted."""
+
+
+@dataclass(frozen=True)
+class RowWeight:
+    """A weight whose columns are cut into virtual shards, as one batch of products.
+
+    Narrower shards are filled up with zeros; `spread` [shards * width] then says which column of the
+    input each column of the batch takes, the one behind the last being zero.
+    """
+
+    batch: torch.Tensor
+    """[shards, width, N]"""
+    spread: torch.Tensor | None
+
+
+class TorchOps:
+    """See Ops."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        sliding_window: int | None,
+    ) -> None:
+        self._comm, self._dtype, self._kv_dtype = comm, dtype, kv_dtype
+        self._window = sliding_window
+        self._forward: Callable[[], torch.Tensor] | None = None
+        self.weight_bytes = 0
+        self.comm_seconds = 0.0  # the communicator sees them all
+        self._cache: KVCache | None = None
+        self._step: StepInput | None = None
+
+    # --- loading ---
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return values.float()
+
+    def table(self, rows: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return rows
+
+    def weight(self, rows: torch.Tensor, *, head: bool = False) -> torch.Tensor:
+        """See Ops."""
+        return self._count(rows.to(self._dtype))
+
+    def row_weight(self, columns: torch.Tensor, widths: Sequence[int]) -> RowWeight:
+        """See Ops."""
+        width = max(widths)
+        batch = torch.zeros(len(widths), width, len(columns), dtype=self._dtype)
+        start = 0
+        for shard, own in zip(batch, widths, strict=True):
+            shard[:own] = columns[:, start : start + own].T
+            start += own
+        if all(own == width for own in widths):
+            return RowWeight(self._count(batch), None)
+        starts = np.cumsum([0, *widths])
+        spread = [
+            starts[shard] + i if i < own else start
+            for shard, own in enumerate(widths)
+            for i in range(width)
+        ]
+        return RowWeight(self._count(batch), torch.tensor(spread))
+
+    def block_bytes(self, layers: int, layout: HeadLayout) -> int:
+        """See Ops."""
+        return block_bytes(layers, len(layout.kv_heads), layout.head_dim, self._kv_dtype)
+
+    def allocate(
+        self,
+        forward: Callable[[], torch.Tensor],
+        layers: int,
+        layout: HeadLayout,
+        blocks: int,
+        tokens: int,
+    ) -> None:
+        """See Ops."""
+        self._forward = forward
+        kv_heads = len(layout.kv_heads)
+        self._cache = KVCache(layers, kv_heads, layout.head_dim, blocks, self._kv_dtype)
+
+    def _count(self, weight: torch.Tensor) -> torch.Tensor:
+        self.weight_bytes += weight.nbytes
+        return weight
+
+    # --- a forward pass ---
+
+    def embed(self, table: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return table[self._now.ids].to(self._dtype).float()
+
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Ops."""
+        if delta is not None:
+            x = x + delta
+        return x, rms_norm(x, weight, eps)
+
+    def final_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """See Ops."""
+        rows = self._now.logit_rows
+        return rms_norm(x[rows] + delta[rows], weight, eps)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return linear(x, weight)
+
+    def linear_all_reduce(self, x: torch.Tensor, weight: RowWeight) -> torch.Tensor:
+        """See Ops."""
+        tokens, (shards, width, outputs) = len(x), weight.batch.shape
+        if weight.spread is not None:
+            x = F.pad(x, (0, 1)).index_select(1, weight.spread)
+        by_shard = x.view(tokens, shards, width).transpose(0, 1)
+        partials = batched_linear(by_shard, weight.batch)
+        total = self._comm.all_reduce_tree(partials.view(shards, -1).numpy())
+        return torch.from_numpy(total).view(tokens, outputs)
+
+    def attention(
+        self, qkv: torch.Tensor, rope_table: RopeTable, layer: int, layout: HeadLayout
+    ) -> torch.Tensor:
+        """See Ops."""
+        assert self._cache is not None, "allocate comes before steps"
+        step, heads, kv_heads = self._now, len(layout.heads), len(layout.kv_heads)
+        by_head = qkv.view(len(qkv), heads + 2 * kv_heads, layout.head_dim)
+        cos, sin = rope_table.cos[step.positions], rope_table.sin[step.positions]
+        rotated = rope(by_head[:, : heads + kv_heads], cos, sin)
+        q, k = rotated[:, :heads], rotated[:, heads:]
+        self._cache.write(layer, k, by_head[:, heads + kv_heads :], step.places)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        mixed = attention(q, keys, values, step, self._window, _uneven_kv_of_head(layout))
+        return mixed.reshape(len(qkv), heads * layout.head_dim)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def logits(self, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return linear(x, head)
+
+    @property
+    def _now(self) -> StepInput:
+        assert self._step is not None, "operations belong to a step"
+        return self._step
+
+    # --- steps ---
+
+    def copy_block(self, source: int, target: int) -> None:
+        """See Ops."""
+        assert self._cache is not None, "allocate comes before steps"
+        self._cache.copy(source, target)
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> Floats:
+        """See Ops."""
+        assert self._forward is not None, "allocate comes before steps"
+        self._step = prepare(sequences, last_tokens, self._window)
+        logits: Floats = self._forward().numpy()
+        return logits
+
+
+def prepare(sequences: Sequence[SequenceStep], last_tokens: Ints, window: int | None) -> StepInput:
+    """The tensors of one forward pass."""
+    ids, positions, places, logit_rows = [], [], [], []
+    prefill: list[PrefillSpan] = []
+    decode_rows: list[int] = []
+    decode_places: list[Ints] = []
+    row = 0
+    for s in sequences:
+        tokens = s.tokens or [int(last_tokens[s.slot])]
+        count = len(tokens)
+        context = _places(s.blocks, s.start + count)
+        ids += tokens
+        positions.append(np.arange(s.start, s.start + count))
+        places.append(context[s.start :])
+        if count == 1:
+            decode_rows.append(row)
+            decode_places.append(context)
+        else:
+            prefill.append(PrefillSpan(row, count, s.start, torch.from_numpy(context)))
+        row += count
+        if s.sampling is not None:
+            logit_rows.append(row - 1)
+    return StepInput(
+        ids=torch.tensor(ids),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        places=torch.from_numpy(np.concatenate(places)),
+        prefill=tuple(prefill),
+        decode=_decode_batch(decode_rows, decode_places, window) if decode_rows else None,
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+    )
+
+
+def _places(blocks: bytes, length: int) -> Ints:
+    """Where a block table keeps positions 0 .. length - 1: [length] int64."""
+    table = np.frombuffer(blocks, dtype="<i4").astype(np.int64)[:, None]
+    return (table * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)).ravel()[:length]
+
+
+def _decode_batch(rows: list[int], contexts: list[Ints], window: int | None) -> DecodeBatch:
+    """Contexts padded to the longest; what a token must not see is hidden."""
+    lengths = np.array([len(c) for c in contexts])
+    longest = int(lengths.max())
+    places = np.stack([np.pad(c, (0, longest - len(c)), mode="edge") for c in contexts])
+    at = np.arange(longest)
+    hidden = at >= lengths[:, None]
+    if window is not None:
+        hidden |= at < lengths[:, None] - window
+    return DecodeBatch(torch.tensor(rows), torch.from_numpy(places), torch.from_numpy(hidden))
+
+
+def _uneven_kv_of_head(layout: HeadLayout) -> torch.Tensor | None:
+    """The KV head of each query head; None when they fall evenly, in order, onto the KV heads."""
+    index, kv_heads = layout.kv_of_head, len(layout.kv_heads)
+    queries = len(index) // kv_heads if kv_heads else 0
+    if index == [kv for kv in range(kv_heads) for _ in range(queries)]:
+        return None
+    return torch.tensor(index)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -62,27 +299,9 @@ def batched_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.to(weight.dtype), weight).float()
 
 
-def embed(ids: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `ids` [T] of table [vocab, hidden], rounded to the model's dtype -> float32."""
-    return table[ids].to(dtype).float()
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer 2020); gate_up [T, 2 * rows] -> [T, rows]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def rope_table(head_dim: int, positions: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [positions, head_dim / 2] of position * theta^(-2i/head_dim) (Su et al. 2021)."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.arange(positions).float()[:, None] * frequency
-    return angle.cos(), angle.sin()
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -99,7 +318,8 @@ def attention(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    plan: AttentionPlan,
+    step: StepInput,
+    window: int | None,
     kv_of_head: torch.Tensor | None,
 ) -> torch.Tensor:
     """Causal softmax(q k^T / sqrt(d)) v over the paged cache (Vaswani et al. 2017), in float32.
@@ -111,13 +331,13 @@ def attention(
     if not out.numel():  # fewer heads than virtual shards
         return out
     scale = q.shape[-1] ** -0.5
-    for span in plan.prefill:
+    for span in step.prefill:
         rows = slice(span.first, span.first + span.count)
         k, v = _gather(keys, values, span.places, kv_of_head)  # [KV, L, d]
-        out[rows] = _attend_span(q[rows] * scale, k, v, span, plan.sliding_window)
-    if plan.decode is not None:
-        k, v = _gather(keys, values, plan.decode.places.flatten(), kv_of_head)
-        out[plan.decode.rows] = _attend_decode(q[plan.decode.rows] * scale, k, v, plan.decode)
+        out[rows] = _attend_span(q[rows] * scale, k, v, span, window)
+    if step.decode is not None:
+        k, v = _gather(keys, values, step.decode.places.flatten(), kv_of_head)
+        out[step.decode.rows] = _attend_decode(q[step.decode.rows] * scale, k, v, step.decode)
     return out
 
 

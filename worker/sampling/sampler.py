@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from shared.messages import History, Sampling, TokenLogprobs
 from worker.comm.base import Communicator, Floats
@@ -65,7 +64,7 @@ class Sampler:
 
     def __call__(
         self,
-        logits: torch.Tensor,
+        logits: Floats,
         sampling: Sequence[Sampling],
         positions: Sequence[int],
         slots: Sequence[int],
@@ -75,7 +74,7 @@ class Sampler:
         logits: [B, own tokens] float32, overwritten. positions: of the tokens to choose. slots: whose
         sequences' counts penalties use, and add the token to.
         """
-        own: Floats = logits.numpy()
+        own = logits
         reported = [row for row, s in enumerate(sampling) if s.logprobs >= 0]
         models_own = own[reported] if reported else own[:0]  # a copy, before any change
         changed = [

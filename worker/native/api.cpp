@@ -1,0 +1,246 @@
+// What the library exports: a C ABI for worker/ops/native.py and worker/comm/shm.py.
+//
+// Objects are made by *_new and given back by *_free. Out of memory is reported by a null pointer;
+// whatever else can go wrong is the caller's mistake and is checked in Python.
+
+#include <cstring>
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "collective.h"
+#include "dispatch.h"
+#include "memory.h"
+#include "pool.h"
+#include "program.h"
+
+using namespace tps;
+
+#define TPS_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <typename T, typename... Args>
+T* make(Args&&... args) {
+    try {
+        return new T(static_cast<Args&&>(args)...);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+struct OwnedWeight {
+    Weight weight;
+    Memory memory;
+};
+
+float number_at(const void* data, Format format, size_t index) {
+    if (format == kF32) {
+        float number;
+        memcpy(&number, static_cast<const uint8_t*>(data) + 4 * index, 4);
+        return number;
+    }
+    uint16_t half;
+    memcpy(&half, static_cast<const uint8_t*>(data) + 2 * index, 2);
+    float number;
+    if (format == kBF16) {
+        const uint32_t bits = uint32_t(half) << 16;
+        memcpy(&number, &bits, 4);
+        return number;
+    }
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+    const uint32_t bits = rest >= 0x7c00 ? sign | 0x7f800000 | (rest & 0x3ff) << 13 : sign | rest << 13;
+    memcpy(&number, &bits, 4);
+    return rest >= 0x7c00 ? number : number * 0x1p112f;
+}
+
+}  // namespace
+
+TPS_API int32_t tps_abi_version() { return 1; }
+
+// The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
+TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
+TPS_API const char* tps_isa_problem() { return kernels_problem(); }
+
+TPS_API Pool* tps_pool_new(int32_t threads, int32_t crowded) { return make<Pool>(threads, crowded != 0); }
+TPS_API void tps_pool_free(Pool* pool) { delete pool; }
+
+// --- collectives ----------------------------------------------------------------------------------
+
+TPS_API Collective* tps_collective_new(void* region, size_t header_bytes, size_t first_buffer,
+                                       size_t buffer_bytes, int32_t rank, int32_t world, int32_t crowded,
+                                       double deadline_s) {
+    return make<Collective>(static_cast<uint8_t*>(region), header_bytes, first_buffer, buffer_bytes, rank,
+                            world, crowded != 0, deadline_s);
+}
+TPS_API void tps_collective_free(Collective* collective) { delete collective; }
+TPS_API void* tps_collective_next_buffer(Collective* collective) { return collective->next_buffer(); }
+TPS_API const void* tps_collective_posted_buffer(Collective* collective, int32_t rank) {
+    return collective->posted_buffer(rank);
+}
+// -1, or the rank that stayed silent.
+TPS_API int32_t tps_collective_exchange(Collective* collective) { return collective->exchange(); }
+
+// --- weights --------------------------------------------------------------------------------------
+
+// segment_columns, additions, root: [segments]; see Weight.
+TPS_API OwnedWeight* tps_weight_new(int32_t format, int32_t rows, int32_t segments,
+                                    const int32_t* segment_columns, const int32_t* additions,
+                                    const int32_t* root, int32_t roots) {
+    try {
+        auto owned = std::make_unique<OwnedWeight>();
+        Weight& weight = owned->weight;
+        weight.format = Format(format);
+        weight.rows = rows;
+        weight.row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+        weight.segments = segments;
+        weight.roots = roots;
+        weight.groups = 0;
+        for (int s = 0; s < segments; ++s) {
+            weight.segment_groups[s] = (segment_columns[s] + kGroup - 1) / kGroup;
+            weight.additions[s] = additions[s];
+            weight.root[s] = root[s];
+            weight.groups += weight.segment_groups[s];
+        }
+        owned->memory = Memory(weight.row_blocks * row_block_bytes(weight.format, weight.groups));
+        weight.data = owned->memory.data();
+        return owned.release();
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+TPS_API void tps_weight_free(OwnedWeight* owned) { delete owned; }
+TPS_API size_t tps_weight_bytes(const OwnedWeight* owned) { return owned->memory.bytes(); }
+
+// Packs source [rows][sum of segment_columns], f32, bf16 or f16.
+TPS_API void tps_weight_pack(Pool* pool, OwnedWeight* owned, const void* source, int32_t source_format,
+                             const int32_t* segment_columns) {
+    const Weight& weight = owned->weight;
+    size_t columns = 0;
+    for (int s = 0; s < weight.segments; ++s) columns += segment_columns[s];
+    pool->run([&](int thread) {
+        const size_t width = size_t(weight.groups) * kGroup;
+        const auto rows = std::make_unique<float[]>(kRowBlock * width);
+        for (int block = thread; block < weight.row_blocks; block += pool->size()) {
+            std::fill_n(rows.get(), kRowBlock * width, 0.0f);
+            for (int r = 0; r < kRowBlock && block * kRowBlock + r < weight.rows; ++r) {
+                float* to = rows.get() + r * width;
+                size_t from = size_t(block * kRowBlock + r) * columns;
+                for (int s = 0; s < weight.segments; ++s) {
+                    for (int k = 0; k < segment_columns[s]; ++k)
+                        to[k] = number_at(source, Format(source_format), from + k);
+                    from += segment_columns[s];
+                    to += weight.segment_groups[s] * kGroup;
+                }
+            }
+            kernels()->pack_block(weight, block, rows.get());
+        }
+    });
+}
+
+// --- keys and values ------------------------------------------------------------------------------
+
+TPS_API KVMemory* tps_kv_new(int32_t format, int32_t layers, int32_t kv_heads, int32_t head_dim,
+                             int32_t blocks) {
+    return make<KVMemory>(Format(format), layers, kv_heads, head_dim, blocks);
+}
+TPS_API void tps_kv_free(KVMemory* kv) { delete kv; }
+TPS_API void tps_kv_copy(KVMemory* kv, int32_t source, int32_t target) { kv->copy(source, target); }
+
+// --- programs -------------------------------------------------------------------------------------
+
+TPS_API Program* tps_program_new(Pool* pool, Collective* collective) {
+    return make<Program>(*kernels(), *pool, collective);
+}
+TPS_API void tps_program_free(Program* program) { delete program; }
+
+TPS_API int32_t tps_program_add_buffer(Program* program, int32_t floats) {
+    return program->add_buffer(floats);
+}
+TPS_API int32_t tps_program_add_activations(Program* program, int32_t groups, int32_t weight_offset) {
+    return program->add_activations(groups, weight_offset);
+}
+
+TPS_API void tps_program_embed(Program* program, const void* table, int32_t format, int32_t size,
+                               int32_t into) {
+    auto op = std::make_unique<Embed>();
+    op->table = table;
+    op->format = Format(format);
+    op->size = size;
+    op->into = into;
+    program->add(std::move(op));
+}
+
+// delta: -1 if there is none. exchanged: the roots of all ranks are added up instead of a delta.
+TPS_API void tps_program_add_norm(Program* program, int32_t x, int32_t delta, int32_t out,
+                                  const float* weight, int32_t size, float eps, int32_t of_logits,
+                                  int32_t exchanged, const int32_t* roots_per_rank,
+                                  const int32_t* additions, int32_t addition_count) {
+    auto op = std::make_unique<AddNorm>();
+    op->x = x;
+    op->delta = delta;
+    op->out = out;
+    op->weight = weight;
+    op->size = size;
+    op->eps = eps;
+    op->of_logits = of_logits != 0;
+    op->exchanged = exchanged != 0;
+    if (op->exchanged) {
+        memcpy(op->roots_per_rank, roots_per_rank, program->collective()->world() * sizeof(int32_t));
+        memcpy(op->additions, additions, addition_count * 2 * sizeof(int32_t));
+        op->addition_count = addition_count;
+    }
+    program->add(std::move(op));
+}
+
+TPS_API void tps_program_linear(Program* program, int32_t target, int32_t in, const OwnedWeight* weight,
+                                int32_t out) {
+    auto op = std::make_unique<Linear>();
+    op->target = Linear::Target(target);
+    op->in = in;
+    op->out = out;
+    op->weight = &weight->weight;
+    program->add(std::move(op));
+}
+
+TPS_API void tps_program_rope_store(Program* program, int32_t qkv, int32_t heads, const float* cos,
+                                    const float* sin, const KVMemory* kv, int32_t layer) {
+    auto op = std::make_unique<RopeStore>();
+    op->qkv = qkv;
+    op->heads = heads;
+    op->cos = cos;
+    op->sin = sin;
+    op->kv = &kv->layer(layer);
+    program->add(std::move(op));
+}
+
+// groups: [group_count][3]: KV head, first query head, query heads. out_column: [heads].
+TPS_API void tps_program_attention(Program* program, int32_t qkv, int32_t out, const KVMemory* kv,
+                                   int32_t layer, const int32_t* groups, int32_t group_count,
+                                   const int32_t* out_column, int32_t heads, int32_t window) {
+    auto op = std::make_unique<Attend>();
+    op->qkv = qkv;
+    op->out = out;
+    op->kv = &kv->layer(layer);
+    op->window = window;
+    for (int g = 0; g < group_count; ++g)
+        op->groups.push_back({groups[3 * g], groups[3 * g + 1], groups[3 * g + 2]});
+    op->out_column.assign(out_column, out_column + heads);
+    program->need_scratch(attention_scratch_floats(op->kv->head_dim));
+    program->add(std::move(op));
+}
+
+TPS_API void tps_program_swiglu(Program* program, int32_t gate_up, int32_t out, int32_t count) {
+    auto op = std::make_unique<SwiGLU>();
+    op->gate_up = gate_up;
+    op->out = out;
+    op->count = count;
+    program->add(std::move(op));
+}
+
+// See Program::run.
+TPS_API int32_t tps_program_run(Program* program, const Step* step, int32_t first) {
+    return program->run(*step, first);
+}
+TPS_API float* tps_program_floats(Program* program, int32_t buffer) { return program->floats(buffer); }
+TPS_API double tps_program_comm_seconds(const Program* program) { return program->comm_seconds(); }

@@ -1,0 +1,253 @@
+"""The library's functions with their types, and the objects that live in it.
+
+Everything that the library makes belongs to a Python object here, which gives it back when it goes.
+"""
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.errors import ConfigError
+from shared.messages import SequenceStep
+from worker.native.library import load_library
+
+GROUP = 32
+"""Consecutive inputs of a weight that share a scale; inputs are filled up to whole groups."""
+ROW_BLOCK = 16
+"""Consecutive outputs of a weight that are kept together; outputs are filled up to whole blocks."""
+MAX_HEAD_DIM = 256
+
+FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
+TORCH_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Int32s = npt.NDArray[np.int32]
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int32
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "tps_isa": (ctypes.c_char_p, ()),
+    "tps_isa_problem": (ctypes.c_char_p, ()),
+    "tps_pool_new": (_POINTER, (_INT, _INT)),
+    "tps_pool_free": (None, (_POINTER,)),
+    "tps_weight_new": (_POINTER, (_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
+    "tps_weight_free": (None, (_POINTER,)),
+    "tps_weight_bytes": (ctypes.c_size_t, (_POINTER,)),
+    "tps_weight_pack": (None, (_POINTER, _POINTER, _POINTER, _INT, _POINTER)),
+    "tps_kv_new": (_POINTER, (_INT, _INT, _INT, _INT, _INT)),
+    "tps_kv_free": (None, (_POINTER,)),
+    "tps_kv_copy": (None, (_POINTER, _INT, _INT)),
+    "tps_program_new": (_POINTER, (_POINTER, _POINTER)),
+    "tps_program_free": (None, (_POINTER,)),
+    "tps_program_add_buffer": (_INT, (_POINTER, _INT)),
+    "tps_program_add_activations": (_INT, (_POINTER, _INT, _INT)),
+    "tps_program_embed": (None, (_POINTER, _POINTER, _INT, _INT, _INT)),
+    "tps_program_add_norm": (
+        None,
+        (_POINTER, _INT, _INT, _INT, _POINTER, _INT, ctypes.c_float)
+        + (_INT, _INT, _POINTER, _POINTER, _INT),
+    ),
+    "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
+    "tps_program_rope_store": (None, (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
+    "tps_program_attention": (
+        None,
+        (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+    ),
+    "tps_program_swiglu": (None, (_POINTER, _INT, _INT, _INT)),
+    "tps_program_run": (_INT, (_POINTER, _POINTER, _INT)),
+    "tps_program_floats": (_POINTER, (_POINTER, _INT)),
+    "tps_program_comm_seconds": (ctypes.c_double, (_POINTER,)),
+}
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """The library, its functions' types declared. Raises ConfigError if it cannot be used."""
+    library = load_library()
+    if library is None:
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if library.tps_isa() is None:
+        raise ConfigError(library.tps_isa_problem().decode())
+    return library
+
+
+def isa_of(library: ctypes.CDLL) -> str:
+    """The instruction set in use."""
+    name: bytes = library.tps_isa()
+    return name.decode()
+
+
+def made(handle: int | None) -> int:
+    """An object of the library. Raises MemoryError where it could not be made."""
+    if handle is None:
+        raise MemoryError("the native library got no memory from the system")
+    return handle
+
+
+def int32s(numbers: Sequence[int]) -> Int32s:
+    """As the library reads them."""
+    return np.array(numbers, dtype=np.int32)
+
+
+def groups_of(columns: int) -> int:
+    """Groups that so many inputs take."""
+    return -(-columns // GROUP)
+
+
+class Pool:
+    """The threads of this worker."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int, world: int) -> None:
+        """`world`: workers on this host; too many of them wait in one another's way."""
+        self.library = library
+        crowded = threads * world > len(os.sched_getaffinity(0))
+        self.handle = made(library.tps_pool_new(threads, crowded))
+        weakref.finalize(self, library.tps_pool_free, self.handle)
+
+
+class Matrix:
+    """A packed weight: struct Weight of tensors.h."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        source: torch.Tensor,
+        dtype: str,
+        widths: Sequence[int],
+        additions: Sequence[int],
+        roots: Sequence[int],
+    ) -> None:
+        """Packs source [rows, sum of widths]; of each of its segments the rest says what is summed."""
+        library, source = pool.library, source.contiguous()
+        # Held by names, because the library gets nothing but addresses.
+        columns, to_add, to_root = int32s(widths), int32s(additions), int32s(roots)
+        self.dtype, self.rows, self.roots = dtype, len(source), 1 + max(roots)
+        self.handle = made(
+            library.tps_weight_new(
+                FORMATS[dtype],
+                self.rows,
+                len(widths),
+                columns.ctypes.data,
+                to_add.ctypes.data,
+                to_root.ctypes.data,
+                self.roots,
+            )
+        )
+        weakref.finalize(self, library.tps_weight_free, self.handle)
+        library.tps_weight_pack(
+            pool.handle,
+            self.handle,
+            source.data_ptr(),
+            TORCH_FORMATS[source.dtype],
+            columns.ctypes.data,
+        )
+        self.bytes: int = library.tps_weight_bytes(self.handle)
+
+    @property
+    def padded_rows(self) -> int:
+        """Its outputs, filled up to whole blocks."""
+        return -(-self.rows // ROW_BLOCK) * ROW_BLOCK
+
+    @property
+    def weight_offset(self) -> int:
+        """What was added to its numbers to make them unsigned; 0: they are floats."""
+        return {"int8": 128, "int4": 8}.get(self.dtype, 0)
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("tokens", ctypes.c_int32),
+        ("sequence_count", ctypes.c_int32),
+        ("logit_count", ctypes.c_int32),
+        ("ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("sequences", ctypes.c_void_p),
+        ("logit_rows", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("logit_stride", ctypes.c_size_t),
+    )
+
+
+_SEQUENCE = np.dtype(
+    [("first", "i4"), ("count", "i4"), ("start", "i4"), ("padding", "i4"), ("blocks", "u8")]
+)
+
+
+class StepArrays:
+    """One step as the library reads it: struct Step of program.h. Its arrays are used again."""
+
+    def __init__(self) -> None:
+        self._struct = _Step()
+        self.address = ctypes.addressof(self._struct)
+        self.tokens = 0
+        """Of the step that was filled in last."""
+        self._capacity = self._sequences = 0
+        self._table = np.empty(0, dtype=np.int32)
+        self._table_address = 0
+
+    def fill(
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: npt.NDArray[np.int64],
+        logit_columns: int,
+    ) -> npt.NDArray[np.float32]:
+        """Describes a step. Returns where its logits will be: [B, logit_columns]."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[tuple[int, int, int, int, int]] = []
+        logit_rows: list[int] = []
+        table = b"".join([s.blocks for s in sequences])
+        self._reserve(len(sequences), len(table) // 4)
+        at = self._table_address
+        for s in sequences:
+            first = len(ids)
+            if s.tokens:
+                ids += s.tokens
+                positions += range(s.start, s.start + len(s.tokens))
+            else:
+                ids.append(int(last_tokens[s.slot]))
+                positions.append(s.start)
+            rows.append((first, len(ids) - first, s.start, 0, at))
+            at += len(s.blocks)
+            if s.sampling is not None:
+                logit_rows.append(len(ids) - 1)
+        self._reserve_tokens(len(ids))
+        self._table[: len(table) // 4] = np.frombuffer(table, dtype="<i4")
+        self._ids[: len(ids)] = ids
+        self._positions[: len(ids)] = positions
+        self._rows[: len(rows)] = rows
+        self._logit_rows[: len(logit_rows)] = logit_rows
+        logits = np.empty((len(logit_rows), logit_columns), dtype=np.float32)
+        step = self._struct
+        self.tokens = step.tokens = len(ids)
+        step.sequence_count = len(rows)
+        step.logit_count, step.logit_stride = len(logit_rows), logit_columns
+        step.logits = logits.ctypes.data
+        return logits
+
+    def _reserve_tokens(self, tokens: int) -> None:
+        if tokens > self._capacity:
+            self._capacity = 2 * tokens
+            self._ids = np.empty(self._capacity, dtype=np.int32)
+            self._positions = np.empty(self._capacity, dtype=np.int32)
+            self._struct.ids = self._ids.ctypes.data
+            self._struct.positions = self._positions.ctypes.data
+
+    def _reserve(self, sequences: int, blocks: int) -> None:
+        if sequences > self._sequences:
+            self._sequences = 2 * sequences
+            self._rows = np.empty(self._sequences, dtype=_SEQUENCE)
+            self._logit_rows = np.empty(self._sequences, dtype=np.int32)
+            self._struct.sequences = self._rows.ctypes.data
+            self._struct.logit_rows = self._logit_rows.ctypes.data
+        if blocks > len(self._table):
+            self._table = np.empty(2 * blocks, dtype=np.int32)
+            self._table_address = self._table.ctypes.data

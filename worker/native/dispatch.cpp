@@ -1,0 +1,105 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace tps {
+
+#define TPS_DECLARE(level) \
+    namespace level {      \
+    extern const Kernels kernels; \
+    }
+#ifdef TPS_HAVE_AVX512VNNI
+TPS_DECLARE(avx512vnni)
+#endif
+#ifdef TPS_HAVE_AVX512
+TPS_DECLARE(avx512)
+#endif
+#ifdef TPS_HAVE_AVXVNNI
+TPS_DECLARE(avxvnni)
+#endif
+#ifdef TPS_HAVE_AVX2
+TPS_DECLARE(avx2)
+#endif
+#ifdef TPS_HAVE_NEON
+TPS_DECLARE(neon)
+#endif
+TPS_DECLARE(scalar)
+
+namespace {
+
+struct Level {
+    const Kernels* kernels;
+    bool runs;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#if defined(TPS_HAVE_AVXVNNI)
+// CPUID leaf 7, subleaf 1, EAX bit 4; not every compiler's __builtin_cpu_supports knows its name.
+bool has_avxvnni() {
+    uint32_t a = 7, b = 0, c = 1, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return has_avx2() && (a >> 4 & 1);
+}
+#endif
+#endif
+
+// The best first.
+const Level kLevels[] = {
+#ifdef TPS_HAVE_AVX512VNNI
+    {&avx512vnni::kernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+#endif
+#ifdef TPS_HAVE_AVX512
+    {&avx512::kernels, has_avx512()},
+#endif
+#ifdef TPS_HAVE_AVXVNNI
+    {&avxvnni::kernels, has_avxvnni()},
+#endif
+#ifdef TPS_HAVE_AVX2
+    {&avx2::kernels, has_avx2()},
+#endif
+#ifdef TPS_HAVE_NEON
+    {&neon::kernels, true},  // the dot product instructions are in every core since ARMv8.2
+#endif
+    {&scalar::kernels, true},
+};
+
+struct Choice {
+    const Kernels* kernels = nullptr;
+    std::string problem;
+
+    Choice() {
+        const char* wanted = std::getenv("TPSERVE_ISA");
+        const bool any = wanted == nullptr || *wanted == '\0';
+        std::string names;
+        for (const Level& level : kLevels) {
+            if (!level.runs) continue;
+            if (any || !std::strcmp(wanted, level.kernels->name)) {
+                kernels = level.kernels;
+                return;
+            }
+            names += std::string(names.empty() ? "" : ", ") + level.kernels->name;
+        }
+        problem = std::string("TPSERVE_ISA is ") + wanted + ", this machine runs " + names;
+    }
+};
+
+const Choice& choice() {
+    static const Choice made;
+    return made;
+}
+
+}  // namespace
+
+const Kernels* kernels() { return choice().kernels; }
+const char* kernels_problem() { return choice().problem.c_str(); }
+
+}  // namespace tps

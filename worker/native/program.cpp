@@ -1,0 +1,277 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+namespace tps {
+
+namespace {
+
+constexpr size_t kSlackFloats = 64;  // vectors may read, not use, what lies behind the last row
+
+// This thread's part of `count` things: [begin, end).
+struct Part {
+    int begin, end;
+    Part(int count, int thread, int threads)
+        : begin(int(int64_t(count) * thread / threads)), end(int(int64_t(count) * (thread + 1) / threads)) {}
+};
+
+// Quantises groups of rows of activations; what is split among threads are all groups of all tokens.
+void quantize_part(Program& program, Buffer buffer, int tokens, int thread) {
+    const int offset = program.weight_offset(buffer);
+    if (offset == 0 || tokens == 0) return;
+    const Activations a = program.activations(buffer, tokens);
+    const Tiling tiling(tokens, program.kernels().tile_tokens);
+    const Part part(tokens * a.groups, thread, program.pool().size());
+    for (int i = part.begin; i < part.end;) {
+        const int token = i / a.groups, group = i % a.groups;
+        const int end = std::min(a.groups, group + part.end - i);
+        program.kernels().quantize(a.floats + size_t(token) * a.groups * kGroup, token, group, end,
+                                   a.groups, tiling, offset, a.quantized);
+        i += end - group;
+    }
+}
+
+void quantize_token(Program& program, const Activations& a, int weight_offset, int token) {
+    if (weight_offset == 0) return;
+    program.kernels().quantize(a.floats + size_t(token) * a.groups * kGroup, token, 0, a.groups, a.groups,
+                               Tiling(a.tokens, program.kernels().tile_tokens), weight_offset,
+                               a.quantized);
+}
+
+}  // namespace
+
+// --- memory ---------------------------------------------------------------------------------------
+
+size_t KVMemory::block_bytes(Format format, int head_dim) {
+    const size_t number = format == kF32 ? 4 : format == kI8 ? 1 : 2;
+    return size_t(head_dim) * kBlockTokens * number;
+}
+
+KVMemory::KVMemory(Format format, int layers, int kv_heads, int head_dim, int blocks)
+    : memory_(2 * size_t(layers) * kv_heads * blocks *
+              (block_bytes(format, head_dim) + scale_bytes(format))) {
+    const size_t all = size_t(kv_heads) * blocks;
+    const size_t numbers = all * block_bytes(format, head_dim), scales = all * scale_bytes(format);
+    uint8_t* at = memory_.data();
+    const auto take = [&](size_t bytes) {
+        uint8_t* taken = at;
+        at += bytes;
+        return taken;
+    };
+    for (int i = 0; i < layers; ++i) {
+        KVLayer layer{format, kv_heads, head_dim, blocks, take(numbers), take(numbers), nullptr, nullptr};
+        if (scales) {
+            layer.key_scales = reinterpret_cast<float*>(take(scales));
+            layer.value_scales = reinterpret_cast<float*>(take(scales));
+        }
+        layers_.push_back(layer);
+    }
+}
+
+void KVMemory::copy(int source, int target) {
+    const auto copy_block = [&](void* base, size_t bytes, int head, int blocks) {
+        if (bytes == 0) return;
+        uint8_t* first = static_cast<uint8_t*>(base) + size_t(head) * blocks * bytes;
+        memcpy(first + target * bytes, first + source * bytes, bytes);
+    };
+    for (const KVLayer& layer : layers_)
+        for (int head = 0; head < layer.kv_heads; ++head) {
+            const size_t bytes = block_bytes(layer.format, layer.head_dim);
+            copy_block(layer.keys, bytes, head, layer.blocks);
+            copy_block(layer.values, bytes, head, layer.blocks);
+            copy_block(layer.key_scales, scale_bytes(layer.format), head, layer.blocks);
+            copy_block(layer.value_scales, scale_bytes(layer.format), head, layer.blocks);
+        }
+}
+
+Buffer Program::add_buffer(int floats) {
+    buffers_.push_back({floats, 0, {}, {}});
+    return Buffer(buffers_.size()) - 1;
+}
+
+Buffer Program::add_activations(int groups, int weight_offset) {
+    buffers_.push_back({groups * kGroup, weight_offset, {}, {}});
+    return Buffer(buffers_.size()) - 1;
+}
+
+void Program::reserve(int tokens) {
+    if (tokens <= capacity_) return;
+    capacity_ = std::max(tokens, 2 * capacity_);
+    for (Storage& buffer : buffers_) {
+        const size_t numbers = size_t(capacity_) * buffer.floats;
+        buffer.memory = Memory((numbers + kSlackFloats) * sizeof(float));
+        // int8 numbers, then for each group a float and an int32
+        if (buffer.weight_offset) buffer.quantized = Memory(numbers + numbers / kGroup * 8 + 64);
+    }
+    scratch_.clear();
+    for (int thread = 0; thread < pool_.size(); ++thread)
+        scratch_.push_back(std::make_unique<float[]>(scratch_floats_));
+}
+
+Activations Program::activations(Buffer buffer, int tokens) const {
+    const Storage& storage = buffers_[buffer];
+    Activations a{floats(buffer), {}, tokens, storage.floats / kGroup};
+    if (storage.weight_offset) {
+        const size_t groups = size_t(capacity_) * a.groups;
+        uint8_t* base = storage.quantized.data();
+        a.quantized.numbers = reinterpret_cast<int8_t*>(base);
+        a.quantized.scales = reinterpret_cast<float*>(base + groups * kGroup);
+        a.quantized.offsets = reinterpret_cast<int32_t*>(base + groups * (kGroup + 4));
+    }
+    return a;
+}
+
+// --- running --------------------------------------------------------------------------------------
+
+void Program::exchange() {
+    const auto begun = std::chrono::steady_clock::now();
+    lost_ = collective_->exchange();
+    comm_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+}
+
+int Program::run(const Step& step, int first) {
+    reserve(std::max(step.tokens, 1));
+    lost_ = -1;
+    int stopped = kDone;
+    pool_.run([&](int thread) {
+        for (size_t i = first; i < ops_.size(); ++i) {
+            ops_[i]->run(*this, step, thread);
+            pool_.barrier();
+            if (lost_ >= 0) return;  // written before the barrier
+            if (ops_[i]->stops()) {
+                if (thread == 0) stopped = int(i) + 1;
+                return;
+            }
+        }
+    });
+    return lost_ >= 0 ? -2 - lost_ : stopped;
+}
+
+void Embed::run(Program& program, const Step& step, int thread) {
+    const Part part(step.tokens, thread, program.pool().size());
+    for (int t = part.begin; t < part.end; ++t)
+        program.kernels().embed(table, format, step.ids[t], size,
+                                program.floats(into) + size_t(t) * program.width(into));
+}
+
+void AddNorm::run(Program& program, const Step& step, int thread) {
+    Collective* collective = program.collective();
+    if (exchanged) {
+        if (thread == 0) program.exchange();
+        program.pool().barrier();
+    }
+    const int count = of_logits ? step.logit_count : step.tokens;
+    const Part part(count, thread, program.pool().size());
+    const Activations normed = program.activations(out, count);
+    const float* terms[kMaxRoots];
+    for (int i = part.begin; i < part.end; ++i) {
+        const int token = of_logits ? step.logit_rows[i] : i;
+        float* row = program.floats(x) + size_t(token) * size;
+        int term_count = 0;
+        if (exchanged) {
+            for (int rank = 0; rank < collective->world(); ++rank) {
+                const float* roots = reinterpret_cast<const float*>(collective->posted_buffer(rank));
+                for (int root = 0; root < roots_per_rank[rank]; ++root)
+                    terms[term_count++] = roots + (size_t(root) * step.tokens + token) * size;
+            }
+        } else if (delta >= 0) {
+            terms[term_count++] = program.floats(delta) + size_t(token) * size;
+        }
+        if (term_count)
+            program.kernels().add_tree(row, terms, term_count, additions, addition_count, size);
+        float* to = program.floats(out) + size_t(i) * size;
+        program.kernels().rms_norm(row, weight, size, eps, to);
+        quantize_token(program, normed, program.weight_offset(out), i);
+    }
+}
+
+void Linear::run(Program& program, const Step& step, int thread) {
+    const int tokens = target == kLogits ? step.logit_count : step.tokens;
+    if (tokens == 0) return;
+    const size_t width = round_up(weight->rows, kRowBlock);
+    Output to{nullptr, size_t(tokens) * width, width};
+    switch (target) {
+        case kBuffer:
+        case kHost: to.y = program.floats(out); break;
+        case kPeers: to.y = reinterpret_cast<float*>(program.collective()->next_buffer()); break;
+        case kLogits:
+            to.y = step.logits;
+            to.token_stride = step.logit_stride;
+            break;
+    }
+    const Part part(weight->row_blocks, thread, program.pool().size());
+    program.kernels().linear(*weight, program.activations(in, tokens), to, part.begin, part.end);
+}
+
+void RopeStore::run(Program& program, const Step& step, int thread) {
+    const Kernels& kernels = program.kernels();
+    const int d = kv->head_dim, kv_heads = kv->kv_heads;
+    int sequence = 0;
+    const Part part(step.tokens, thread, program.pool().size());
+    for (int t = part.begin; t < part.end; ++t) {
+        while (t >= step.sequences[sequence].first + step.sequences[sequence].count) ++sequence;
+        const int position = step.positions[t];
+        float* row = program.floats(qkv) + size_t(t) * program.width(qkv);
+        const size_t angles = size_t(position) * (d / 2);
+        for (int head = 0; head < heads + kv_heads; ++head)
+            kernels.rope(row + size_t(head) * d, cos + angles, sin + angles, d);
+        const int block = step.sequences[sequence].blocks[position / kBlockTokens];
+        for (int head = 0; head < kv_heads; ++head) {
+            const float* key = row + size_t(heads + head) * d;
+            kernels.store_kv(*kv, head, block, position % kBlockTokens, key, key + size_t(kv_heads) * d);
+        }
+    }
+}
+
+void Attend::run(Program& program, const Step& step, int thread) {
+    const int threads = program.pool().size(), d = kv->head_dim;
+    AttentionArgs args{};
+    args.qkv = program.floats(qkv);
+    args.token_stride = program.width(qkv);
+    args.out = program.floats(out);
+    args.out_stride = program.width(out);
+    args.out_column = out_column.data();
+    args.groups = groups.data();
+    args.group_count = int(groups.size());
+    args.sequences = step.sequences;
+    args.sequence_count = step.sequence_count;
+    args.window = window;
+    args.scale = 1.0f / std::sqrt(float(d));
+    args.scratch = program.scratch(thread);
+    if (out_column.size() * d < args.out_stride) {  // between heads there are gaps, which must be 0
+        const Part part(step.tokens, thread, threads);
+        memset(args.out + part.begin * args.out_stride, 0,
+               (part.end - part.begin) * args.out_stride * sizeof(float));
+        program.pool().barrier();
+    }
+    program.kernels().attention(*kv, args, thread, threads);
+    if (program.weight_offset(out)) {
+        program.pool().barrier();
+        quantize_part(program, out, step.tokens, thread);
+    }
+}
+
+void SwiGLU::run(Program& program, const Step& step, int thread) {
+    const size_t width = program.width(out);
+    const int offset = program.weight_offset(out), groups = int(width) / kGroup;
+    const Activations a = program.activations(out, step.tokens);
+    const Tiling tiling(std::max(step.tokens, 1), program.kernels().tile_tokens);
+    const Part part(step.tokens * groups, thread, program.pool().size());
+    for (int i = part.begin; i < part.end;) {
+        const int token = i / groups, group = i % groups;
+        const int end = std::min(groups, group + part.end - i);
+        const float* gate = program.floats(gate_up) + size_t(token) * program.width(gate_up);
+        float* row = program.floats(out) + token * width;
+        program.kernels().swiglu(gate + group * kGroup, gate + count + group * kGroup,
+                                 (end - group) * kGroup, row + group * kGroup);
+        for (int column = std::max(count, group * kGroup); column < end * kGroup; ++column) row[column] = 0;
+        if (offset)
+            program.kernels().quantize(row, token, group, end, groups, tiling, offset, a.quantized);
+        i += end - group;
+    }
+}
+
+}  // namespace tps

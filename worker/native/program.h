@@ -1,0 +1,162 @@
+// A forward pass as a list of operations, recorded once and run for every step without coming back.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "collective.h"
+#include "memory.h"
+#include "pool.h"
+#include "tensors.h"
+
+namespace tps {
+
+// What is different from step to step.
+struct Step {
+    int32_t tokens, sequence_count, logit_count;
+    const int32_t* ids;         // [tokens]
+    const int32_t* positions;   // [tokens]
+    const Sequence* sequences;  // [sequence_count]; their tokens follow each other in the batch
+    const int32_t* logit_rows;  // [logit_count]: the tokens whose successors are wanted
+    float* logits;              // [logit_count][logit_stride]
+    size_t logit_stride;
+};
+
+// Keys and values of one model on this rank.
+class KVMemory {
+  public:
+    KVMemory(Format format, int layers, int kv_heads, int head_dim, int blocks);
+
+    const KVLayer& layer(int index) const { return layers_[index]; }
+    void copy(int source, int target);  // one block, in every layer
+
+    // Of one block in one layer for one head: its numbers (keys or values), its scales.
+    static size_t block_bytes(Format format, int head_dim);
+    static size_t scale_bytes(Format format) { return format == kI8 ? kBlockTokens * 4 : 0; }
+
+  private:
+    std::vector<KVLayer> layers_;
+    Memory memory_;
+};
+
+using Buffer = int;  // index of a buffer of a program
+
+class Program {
+  public:
+    static constexpr int kDone = -1;
+
+    // `collective`: null if this rank is alone, or if the host does the collectives.
+    Program(const Kernels& kernels, Pool& pool, Collective* collective)
+        : kernels_(kernels), pool_(pool), collective_(collective) {}
+
+    // Floats [tokens][floats].
+    Buffer add_buffer(int floats);
+    // Input of a linear, [tokens][groups * 32]; quantised if weight_offset (128 or 8) is not 0.
+    Buffer add_activations(int groups, int weight_offset);
+
+    struct Op {
+        virtual ~Op() = default;
+        virtual void run(Program& program, const Step& step, int thread) = 0;
+        // Whether the host has to do something before the next operation.
+        virtual bool stops() const { return false; }
+    };
+    void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+
+    // Runs from operation `first` on. Returns kDone, or the operation to go on with after the host has
+    // added up the roots in `roots`, or -2 - r if rank r stayed silent in a collective.
+    int run(const Step& step, int first);
+
+    float* floats(Buffer buffer) const { return reinterpret_cast<float*>(buffers_[buffer].memory.data()); }
+    int width(Buffer buffer) const { return buffers_[buffer].floats; }
+    Activations activations(Buffer buffer, int tokens) const;
+    int weight_offset(Buffer buffer) const { return buffers_[buffer].weight_offset; }
+    float* scratch(int thread) const { return scratch_[thread].get(); }
+    void need_scratch(size_t floats) { scratch_floats_ = floats > scratch_floats_ ? floats : scratch_floats_; }
+
+    const Kernels& kernels() const { return kernels_; }
+    Pool& pool() const { return pool_; }
+    Collective* collective() const { return collective_; }
+    double comm_seconds() const { return comm_seconds_; }
+    // By thread 0.
+    void exchange();
+
+  private:
+    struct Storage {
+        int floats, weight_offset;
+        Memory memory, quantized;
+    };
+    void reserve(int tokens);
+
+    const Kernels& kernels_;
+    Pool& pool_;
+    Collective* const collective_;
+    std::vector<Storage> buffers_;
+    std::vector<std::unique_ptr<Op>> ops_;
+    std::vector<std::unique_ptr<float[]>> scratch_;
+    size_t scratch_floats_ = 0;
+    int capacity_ = 0;
+    int lost_ = -1;
+    double comm_seconds_ = 0;
+};
+
+// The operations. T: tokens of the step, or its logit rows where `of_logits` says so.
+
+// into [T][size] = rows of a table [..., size]
+struct Embed : Program::Op {
+    const void* table;
+    Format format;
+    int size;
+    Buffer into;
+    void run(Program&, const Step&, int thread) override;
+};
+
+// x += delta (if there is one); out = norm of x. With a collective delta are the roots of all ranks,
+// which are exchanged first.
+struct AddNorm : Program::Op {
+    Buffer x, delta = -1, out;
+    bool exchanged = false, of_logits = false;
+    const float* weight;
+    int size;
+    float eps;
+    int roots_per_rank[kMaxRoots];
+    int addition_count = 0;
+    int32_t additions[kMaxRoots][2];
+    void run(Program&, const Step&, int thread) override;
+};
+
+// out [T][out's width] = in times weight transposed; `to_peers`: its roots [root][T][rows] go where the
+// next exchange takes them from; `to_host`: they stay in `out`, and the host adds them up.
+struct Linear : Program::Op {
+    enum Target { kBuffer, kPeers, kHost, kLogits } target;
+    Buffer in, out = -1;
+    const Weight* weight;
+    void run(Program&, const Step&, int thread) override;
+    bool stops() const override { return target == kHost; }
+};
+
+// Rotates query and key heads of qkv in place, and stores keys and values.
+struct RopeStore : Program::Op {
+    Buffer qkv;
+    int heads;
+    const float *cos, *sin;  // [positions][head_dim / 2]
+    const KVLayer* kv;
+    void run(Program&, const Step&, int thread) override;
+};
+
+struct Attend : Program::Op {
+    Buffer qkv, out;
+    std::vector<HeadGroup> groups;
+    std::vector<int32_t> out_column;  // of each head
+    const KVLayer* kv;
+    int window;
+    void run(Program&, const Step&, int thread) override;
+};
+
+// out [T][count] = silu(first half of a row of gate_up) * second half
+struct SwiGLU : Program::Op {
+    Buffer gate_up, out;
+    int count;
+    void run(Program&, const Step&, int thread) override;
+};
+
+}  // namespace tps

@@ -1,0 +1,51 @@
+"""Which arithmetic a model gets: the native library where it is and can, else torch."""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from shared.errors import ModelError
+from shared.messages import LoadModel
+from shared.model_config import ModelConfig
+from worker.comm.base import Communicator
+from worker.native.api import Pool, isa_of
+from worker.ops.base import Ops
+from worker.ops.native import NativeOps, why_not_native
+from worker.ops.torch_ops import TorchOps
+
+log = logging.getLogger("worker.ops")
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_ops(
+    order: LoadModel,
+    config: ModelConfig,
+    comm: Communicator,
+    pool: Pool | None,
+    owned: Sequence[range],
+) -> Ops:
+    """For the model that `order` names. `pool`: None where there is no native library.
+
+    Raises ModelError when only the native kernels know the precision and they cannot be used.
+    """
+    problem = "the native library is not there" if pool is None else why_not_native(config)
+    if pool is not None and problem is None:
+        return NativeOps(comm, pool, owned, order.dtype, order.kv_dtype, config.sliding_window)
+    for option, dtype in (("--dtype", order.dtype), ("--kv-dtype", order.kv_dtype)):
+        if dtype not in TORCH_DTYPES:
+            raise ModelError(
+                f"{option} {dtype} needs the native kernels, and {problem}; use one of"
+                f" {', '.join(TORCH_DTYPES)}"
+            )
+    if pool is not None:
+        log.warning("%s is computed by torch: %s", order.path, problem)
+    dtype, kv_dtype = TORCH_DTYPES[order.dtype], TORCH_DTYPES[order.kv_dtype]
+    return TorchOps(comm, dtype, kv_dtype, config.sliding_window)
+
+
+def describe(library: ctypes.CDLL | None) -> str:
+    """The kernels in a word or two."""
+    return "torch" if library is None else f"native {isa_of(library)}"
