@@ -68,11 +68,6 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
     config = read_model_config(folder)
     limit = settings.max_model_len or config.max_positions
     dtype: Precision = config.dtype if settings.dtype == "auto" else settings.dtype
-    kv_dtype: KVPrecision
-    if settings.kv_dtype != "auto":
-        kv_dtype = settings.kv_dtype
-    else:
-        kv_dtype = "bf16" if dtype in ("int8", "int4") else dtype
     return ServedModel(
         name=name,
         config=config,
@@ -82,8 +77,14 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
             name=name,
             path=folder,
             dtype=dtype,
-            kv_dtype=kv_dtype,
+            kv_dtype=_kv_dtype(settings, dtype),
             max_model_len=min(limit, config.max_positions),
         ),
         queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),
     )
+
+
+def _kv_dtype(settings: Settings, dtype: Precision) -> KVPrecision:
+    if settings.kv_dtype != "auto":
+        return settings.kv_dtype
+    return "bf16" if dtype == "int8" or dtype == "int4" else dtype

@@ -41,7 +41,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16", "int8"],
-        Meta(description="precision of the KV cache; auto: the weights', bf16 if those are int8 or int4"),
+        Meta(
+            description="precision of the KV cache; auto: the weights', bf16 if those are int8 or int4"
+        ),
     ] = "auto"
     comm: Annotated[
         Literal["shm", "zmq", "gloo"],

@@ -60,7 +60,8 @@ class Worker:
 
     def run(self) -> None:
         """Serve the coordinator until it says shut down."""
-        self._send(Hello(
+        self._send(
+            Hello(
                 rank=self._rank,
                 epoch=self._epoch,
                 pid=os.getpid(),

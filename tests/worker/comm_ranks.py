@@ -28,12 +28,14 @@ from shared.messages import CommSetup
 from shared.shm import create_shm_region
 from worker.comm.base import Communicator, Floats
 from worker.comm.open import open_communicator
+from worker.comm.shm import ShmCommunicator
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 ANSWER_TIMEOUT_S = 120
 MESSAGE_BYTES = 1 << 18
 
-Kind = Literal["local", "shm", "zmq", "gloo"]
+Kind = Literal["local", "shm", "shm-python", "zmq", "gloo"]
+"""A transport; shm is that of the native library, shm-python the one without."""
 
 
 class Prepare(Struct, tag=True):
@@ -43,6 +45,7 @@ class Prepare(Struct, tag=True):
 
 
 class Open(Struct, tag=True):
+    kind: Kind
     setup: CommSetup
 
 
@@ -51,6 +54,8 @@ class Reduce(Struct, tag=True):
 
     sizes: list[int]
     jitter_s: float = 0
+    from_roots: bool = False
+    """Do the local additions first, and all-reduce the roots."""
 
 
 class ReduceUntilLost(Struct, tag=True):
@@ -105,6 +110,17 @@ def digest(array: npt.NDArray[np.generic]) -> str:
     return hashlib.sha256(description + array.tobytes()).hexdigest()
 
 
+def open_kind(kind: Kind, setup: CommSetup, region: int | None) -> Communicator:
+    if kind == "shm-python":
+        assert region is not None
+        crowded = len(setup.owned) > len(os.sched_getaffinity(0))
+        comm: Communicator = ShmCommunicator(setup, region, None, crowded)
+    else:
+        comm = open_communicator(setup, region)
+    assert (comm.native is not None) == (kind == "shm")
+    return comm
+
+
 class Rank:
     """One rank: what it was told to open, and how it carries out commands."""
 
@@ -133,16 +149,16 @@ class Rank:
         match command:
             case Prepare(module):
                 importlib.import_module(module)
-            case Open(setup):
+            case Open(kind, setup):
                 self._setup = setup
                 region = descriptors[0] if descriptors else None
-                self._comm = open_communicator(setup, region)
-            case Reduce(sizes, jitter_s):
-                return [self._reduce(size, jitter_s) for size in sizes]
+                self._comm = open_kind(kind, setup, region)
+            case Reduce(sizes, jitter_s, from_roots):
+                return [self._reduce(size, jitter_s, from_roots) for size in sizes]
             case ReduceUntilLost(size):
                 until = time.monotonic() + ANSWER_TIMEOUT_S
                 while time.monotonic() < until:
-                    self._reduce(size, 0)
+                    self._reduce(size)
             case Exchange(cases):
                 assert self._comm is not None
                 mine = [rank_array(self._comm.rank, *case) for case in cases]
@@ -159,14 +175,20 @@ class Rank:
                 self._comm = None
         return []
 
-    def _reduce(self, size: int, jitter_s: float) -> str:
+    def _reduce(self, size: int, jitter_s: float = 0, from_roots: bool = False) -> str:
         assert self._comm is not None
         assert self._setup is not None
         start, stop = self._setup.owned[self._setup.rank]
         partials = np.stack([leaf(shard, size) for shard in range(start, stop)])
         if np.random.default_rng().random() < 0.1:
             time.sleep(jitter_s)
-        total = self._comm.all_reduce_tree(partials)
+        if from_roots:
+            for i, j in self._comm.tree.local_additions:
+                partials[i] += partials[j]
+            roots = partials[list(self._comm.tree.local_roots)]
+            total = self._comm.all_reduce_roots(roots)
+        else:
+            total = self._comm.all_reduce_tree(partials)
         result = digest(total)
         # It is the caller's to change: that must not reach any peer.
         total.fill(np.nan)
@@ -205,7 +227,10 @@ class RankProcess:
 class World:
     """Some ranks that are to meet, and the setups of their communicators."""
 
-    def __init__(self, ranks: Sequence[RankProcess], setups: Sequence[CommSetup]) -> None:
+    def __init__(
+        self, kind: Kind, ranks: Sequence[RankProcess], setups: Sequence[CommSetup]
+    ) -> None:
+        self.kind = kind
         self.ranks = ranks
         self.setups = setups
         self.killed: set[int] = set()
@@ -216,7 +241,7 @@ class World:
         descriptors = [] if region is None else [region]
         ranks = range(len(self.ranks)) if only is None else only
         for rank in ranks:
-            self.ranks[rank].tell(Open(self.setups[rank]), descriptors)
+            self.ranks[rank].tell(Open(self.kind, self.setups[rank]), descriptors)
         answers = [self.ranks[rank].answer() for rank in ranks]
         if region is not None:
             os.close(region)
@@ -254,7 +279,7 @@ class RankPool:
         while len(self._idle) < len(owned):
             self._idle.append(RankProcess())
         setups = self._setups(kind, owned, deadline_s)
-        world = World([self._idle.pop(0) for _ in owned], setups)
+        world = World(kind, [self._idle.pop(0) for _ in owned], setups)
         kept: list[int] = []
         try:
             if kind == "gloo":
@@ -275,18 +300,16 @@ class RankPool:
         self._worlds += 1
         place = self._folder / str(self._worlds)
         addresses = {
-            "local": [],
-            "shm": [],
             "zmq": [f"ipc://{place}.{rank}" for rank in range(len(owned))],
             "gloo": [f"file://{place}"],
         }
         return [
             CommSetup(
-                kind=kind,
+                kind="shm" if kind == "shm-python" else kind,
                 rank=rank,
                 owned=[(run.start, run.stop) for run in owned],
                 deadline_s=deadline_s,
-                addresses=addresses[kind],
+                addresses=addresses.get(kind, []),
             )
             for rank in range(len(owned))
         ]

@@ -1,13 +1,16 @@
 """The contract of the communicators, over every transport, between real processes."""
 
+import ctypes
 import functools
 import itertools
+import mmap
 import os
 import platform
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from shared.errors import CommError, ConfigError
 from shared.messages import CommSetup
 from shared.sharding import assign_shards
-from shared.shm import create_shm_region, region_bytes
+from shared.shm import buffer_offset, create_shm_region, region_bytes
 from tests.worker.comm_ranks import (
     Barrier,
     Exchange,
@@ -28,20 +31,34 @@ from tests.worker.comm_ranks import (
     leaf,
     rank_array,
 )
-from worker.comm.base import Floats
+from tests.worker.rank_threads import run_ranks
+from worker.comm.base import Communicator, Floats
 from worker.comm.open import open_communicator
+from worker.comm.shm import ShmCommunicator
+from worker.native.library import load_library
 
 PATIENT_S = 60.0
 """Deadline of the worlds that are to work, however busy the machine is."""
 IMPATIENT_S = 1.5
 """Deadline of the worlds that lose a rank."""
 
-KINDS: tuple[Kind, ...] = ("shm", "zmq", "gloo")
-WORLDS: list[tuple[Kind, int]] = [
-    ("local", 1),
-    *(("shm", world) for world in range(1, 9)),
-    *(("zmq", world) for world in range(1, 9)),
-    *(("gloo", world) for world in (2, 3, 5)),
+needs_library = pytest.mark.skipif(
+    load_library() is None, reason="there is no native library (python -m worker.native.build)"
+)
+
+
+def case(kind: Kind, *rest: object) -> Any:
+    """A parameter set, which is skipped where the library is missing that it is about."""
+    return pytest.param(kind, *rest, marks=needs_library if kind == "shm" else ())
+
+
+KINDS = [case("shm"), case("shm-python"), case("zmq"), case("gloo")]
+WORLDS = [
+    case("local", 1),
+    *(case("shm", world) for world in range(1, 9)),
+    *(case("shm-python", world) for world in range(1, 9)),
+    *(case("zmq", world) for world in range(1, 9)),
+    *(case("gloo", world) for world in (2, 3, 5)),
 ]
 
 # One block; sliced among the ranks; several blocks, and slices that do not fit; a long prefill.
@@ -99,19 +116,44 @@ def test_any_division_of_the_shards_gives_the_same_bits(
         assert_reduces(world, bounds[-1], [1, 128, 2_049, 150_001])
 
 
-@pytest.mark.parametrize(("kind", "rounds"), [("shm", 600), ("zmq", 300), ("gloo", 200)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bounds", [(0, 4, 8), (0, 3, 6, 8), (0, 1, 8)], ids=str)
+def test_a_rank_that_adds_up_its_own_subtrees_itself_gets_the_same_bits(
+    pool: RankPool, kind: Kind, bounds: tuple[int, ...]
+) -> None:
+    owned = [range(a, b) for a, b in itertools.pairwise(bounds)]
+    sizes = [1, 2_049, 150_001]
+    with pool.world(kind, owned, PATIENT_S) as world:
+        world.open()
+        for answer in world.run(Reduce(sizes, from_roots=True)):
+            assert answer.digests == [expected_digest(8, size) for size in sizes], answer.error
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "rounds"),
+    [
+        case("shm", 3, 600),
+        case("shm", 5, 300),
+        case("shm-python", 3, 600),
+        case("zmq", 3, 300),
+        case("gloo", 3, 200),
+    ],
+)
 def test_many_rounds_with_ranks_that_lag_at_random_do_not_mix_data_up(
-    pool: RankPool, kind: Kind, rounds: int
+    pool: RankPool, kind: Kind, size: int, rounds: int
 ) -> None:
     sizes = [1 + 37 * i % 64 for i in range(rounds)]
-    with pool.world(kind, assign_shards(3, 8), PATIENT_S) as world:
+    with pool.world(kind, assign_shards(size, 8), PATIENT_S) as world:
         world.open()
         expected = [expected_digest(8, size) for size in sizes]
         for answer in world.run(Reduce(sizes, jitter_s=0.001)):
             assert answer.digests == expected, answer.error
 
 
-@pytest.mark.parametrize(("kind", "size"), [("local", 1), ("shm", 3), ("zmq", 3), ("gloo", 3)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [case("local", 1), case("shm", 3), case("shm-python", 3), case("zmq", 3), case("gloo", 3)],
+)
 def test_an_exchange_gathers_arrays_of_any_dtype_and_shape_by_rank(
     pool: RankPool, kind: Kind, size: int
 ) -> None:
@@ -196,6 +238,47 @@ def test_a_rank_that_stops_anywhere_in_a_collective_leaves_nobody_waiting(
             assert world.ranks[1].answer().lost_rank == 0
 
 
+@needs_library
+@pytest.mark.parametrize("size", [2, 3])
+def test_programs_of_the_library_and_python_take_turns_in_one_count_of_rounds(size: int) -> None:
+    """A program writes into the next buffer, exchanges, and reads what all have posted."""
+    library = load_library()
+    assert library is not None
+    next_buffer = library.tps_collective_next_buffer
+    posted_buffer = library.tps_collective_posted_buffer
+    next_buffer.argtypes, next_buffer.restype = [ctypes.c_void_p], ctypes.c_void_p
+    posted_buffer.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    posted_buffer.restype = ctypes.c_void_p
+
+    def job(comm: Communicator, owned: list[range]) -> None:
+        assert comm.native is not None
+        assert comm.buffer_bytes >= 32 << 20
+        words = comm.buffer_bytes // 8
+        for turn in range(60):
+            for _ in range(turn % 4):
+                mine = (ctypes.c_uint64 * words).from_address(next_buffer(comm.native))
+                mine[0] = mine[words - 1] = 1_000 * turn + comm.rank
+                assert library.tps_collective_exchange(comm.native) == -1
+                for rank in range(comm.world):
+                    theirs = (ctypes.c_uint64 * words).from_address(
+                        posted_buffer(comm.native, rank)
+                    )
+                    assert theirs[0] == theirs[words - 1] == 1_000 * turn + rank
+            partials = np.stack([leaf(shard, 128) for shard in owned[comm.rank]])
+            assert digest(comm.all_reduce_tree(partials)) == expected_digest(8, 128)
+
+    run_ranks(size, job)
+
+
+def test_a_peer_that_a_program_has_missed_is_named_by_every_later_call() -> None:
+    comm = open_communicator(setup("local", 1, []), None)
+    missed = comm.lost(1, "a step")
+    assert str(missed) == "rank 1: did not answer within 0.2 s in a step"
+    with pytest.raises(CommError) as raised:
+        comm.barrier()
+    assert raised.value is missed
+
+
 def test_the_shared_region_has_no_name_and_takes_no_memory_before_it_is_used() -> None:
     region = create_shm_region(8)
     try:
@@ -206,7 +289,21 @@ def test_the_shared_region_has_no_name_and_takes_no_memory_before_it_is_used() -
         os.close(region)
 
 
-def setup(kind: Kind, world: int, addresses: list[str]) -> CommSetup:
+def test_the_shared_region_takes_memory_for_what_is_used_of_its_buffers() -> None:
+    region = create_shm_region(8)
+    try:
+        with mmap.mmap(region, region_bytes(8)) as mapping:
+            for rank, parity in itertools.product(range(8), range(2)):
+                mapping[buffer_offset(8, rank, parity)] = 1
+        # Pages have 4 KiB, or 2 MiB where the system gives huge ones to everyone.
+        assert os.fstat(region).st_blocks * 512 <= 16 * (2 << 20) < region_bytes(8) / 16
+    finally:
+        os.close(region)
+
+
+def setup(
+    kind: Literal["local", "shm", "zmq", "gloo"], world: int, addresses: list[str]
+) -> CommSetup:
     owned = [(run.start, run.stop) for run in assign_shards(world, 8)]
     return CommSetup(kind=kind, rank=0, owned=owned, deadline_s=0.2, addresses=addresses)
 
@@ -237,14 +334,14 @@ def test_a_region_for_another_number_of_ranks_is_refused() -> None:
         os.close(region)
 
 
-def test_a_machine_with_another_memory_order_is_told_what_to_use(
+def test_without_the_library_a_machine_with_another_memory_order_is_told_what_to_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     region = create_shm_region(2)
     try:
-        with pytest.raises(ConfigError, match="aarch64 machine; use --comm zmq"):
-            open_communicator(setup("shm", 2, []), region)
+        with pytest.raises(ConfigError, match=r"aarch64 machine: make it .* or use --comm zmq"):
+            ShmCommunicator(setup("shm", 2, []), region, None, crowded=False)
     finally:
         os.close(region)
 

@@ -383,7 +383,9 @@ def test_the_runner_penalises_tokens_that_no_plan_has_named_yet(
     comm = open_communicator(CommSetup(kind="local", rank=0, owned=[(0, 8)], deadline_s=60), None)
     runner = Runner(comm, [range(8)], virtual_shards=8)
     folder = make_checkpoint("tiny-gqa")
-    runner.load(LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=64))
+    runner.load(
+        LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=64)
+    )
     runner.allocate(AllocateKV(model="m", blocks=4, slots=2, tokens=64))
     blocks = np.arange(4, dtype="<i4").tobytes()
     prompt, earlier = [5, 6, 7], [8, 9]

@@ -49,8 +49,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tps_program_embed": (None, (_POINTER, _POINTER, _INT, _INT, _INT)),
     "tps_program_add_norm": (
         None,
-        (_POINTER, _INT, _INT, _INT, _POINTER, _INT, ctypes.c_float)
-        + (_INT, _INT, _POINTER, _POINTER, _INT),
+        (
+            *(_POINTER, _INT, _INT, _INT, _POINTER, _INT, ctypes.c_float),
+            *(_INT, _INT, _POINTER, _POINTER, _INT),
+        ),
     ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
     "tps_program_rope_store": (None, (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),

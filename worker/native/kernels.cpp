@@ -180,7 +180,7 @@ void linear_of(const Weight& weight, const Activations& x, const Output& out, in
     const Tiling tiling(x.tokens, kTileTokens);
     const size_t block_bytes = row_block_bytes(format, weight.groups);
     int chunk = end - begin;
-    if (tiling.tiles > 1)
+    if (tiling.tiles > 1 && block_bytes > 0)
         chunk = std::max(kTileBlocks, int(kChunkBytes / block_bytes) / kTileBlocks * kTileBlocks);
     for (int first = begin; first < end; first += chunk) {
         const int last = std::min(first + chunk, end);

@@ -34,10 +34,10 @@ def make_ops(
     problem = "the native library is not there" if pool is None else why_not_native(config)
     if pool is not None and problem is None:
         return NativeOps(comm, pool, owned, order.dtype, order.kv_dtype, config.sliding_window)
-    for option, dtype in (("--dtype", order.dtype), ("--kv-dtype", order.kv_dtype)):
-        if dtype not in TORCH_DTYPES:
+    for option, precision in (("--dtype", order.dtype), ("--kv-dtype", order.kv_dtype)):
+        if precision not in TORCH_DTYPES:
             raise ModelError(
-                f"{option} {dtype} needs the native kernels, and {problem}; use one of"
+                f"{option} {precision} needs the native kernels, and {problem}; use one of"
                 f" {', '.join(TORCH_DTYPES)}"
             )
     if pool is not None:

@@ -345,8 +345,8 @@ class NativeOps:
         """The rest of an all-reduce: the total takes the place of the first root."""
         address = self._library.tps_program_floats(self._program, self._buffers[value])
         length = tokens * value.width // roots
-        floats = (ctypes.c_float * (roots * length)).from_address(address)
-        rows = np.frombuffer(floats, dtype=np.float32).reshape(roots, length)
+        floats = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+        rows = np.ctypeslib.as_array(floats, (roots, length))
         rows[0] = self._comm.all_reduce_roots(rows)
 
     @property
