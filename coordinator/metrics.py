@@ -66,6 +66,7 @@ def describe(
         pid=os.getpid(),
         epoch=cluster.epoch,
         comm=settings.comm if settings.workers > 1 else "local",
+        kernels=cluster.kernels,
         workers=[
             WorkerStatus(
                 rank=worker.rank,

@@ -52,6 +52,7 @@ class ServedModel:
             path=str(self.on_workers.path),
             model_type=self.config.model_type,
             dtype=self.on_workers.dtype,
+            kv_dtype=self.on_workers.kv_dtype,
             parameters=self.config.parameters,
             max_model_len=self.max_model_len,
             vocab_size=self.config.vocab_size,

@@ -21,7 +21,8 @@ prepare_native() {
     fi
 }
 
-# Answers without Python, as every start asks. The stamp is build.py's, its first line the compiler's; a library outlives the compiler it was made with, but not its sources.
+# Answers without Python, as every start asks. The stamp is build.py's, its first line the compiler's; a
+# library outlives the compiler it was made with, but not its sources.
 native_is_ready() {
     local stamp compiler
     [[ -f $native/libtpserve.so && -f $native/libtpserve.stamp ]] || return

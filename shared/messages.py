@@ -299,6 +299,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     path: str
     model_type: str
     dtype: str
+    kv_dtype: str
     parameters: int
     max_model_len: int
     vocab_size: int
@@ -360,6 +361,8 @@ class Status(_Event, frozen=True, kw_only=True, tag="status"):
     epoch: int
     """How often the workers were started."""
     comm: str
+    kernels: str
+    """What the workers compute with: "native " and the instruction set, or "torch"; empty: not yet known."""
     workers: list[WorkerStatus]
     models: list[ModelInfo]
     queued: dict[str, int]

@@ -150,15 +150,16 @@ class Worker:
 
     def _set_up(self, order: SetUp) -> None:
         torch.set_num_threads(order.threads)
+        owned = [range(start, stop) for start, stop in order.comm.owned]
+        crowded = order.threads * len(owned) > len(os.sched_getaffinity(0))
         if order.core is not None:
             cores = sorted(os.sched_getaffinity(0))
             mine = {cores[(order.core + i) % len(cores)] for i in range(order.threads)}
             os.sched_setaffinity(0, mine)
-        self._comm = TimedCommunicator(open_communicator(order.comm, self._shm_fd))
-        owned = [range(start, stop) for start, stop in order.comm.owned]
+        self._comm = TimedCommunicator(open_communicator(order.comm, self._shm_fd, crowded))
         pool = None
         if self._library is not None:
-            pool = Pool(self._library, order.threads, len(owned))
+            pool = Pool(self._library, order.threads, crowded=crowded)
         self._runner = Runner(self._comm, owned, order.virtual_shards, pool)
         self._comm.barrier()
 

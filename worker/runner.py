@@ -19,10 +19,10 @@ from worker.layers import Placement
 from worker.loader import Checkpoint
 from worker.model import Decoder
 from worker.native.api import Pool
-from worker.ops.base import HeadLayout, Ints, Ops
+from worker.ops.base import HeadLayout, Ops
 from worker.ops.choose import make_ops
 from worker.sampling.sampler import Sampled, Sampler
-from worker.sampling.vocabulary import Vocabulary
+from worker.sampling.vocabulary import Ints, Vocabulary
 
 
 @dataclass

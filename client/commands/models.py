@@ -21,12 +21,13 @@ def run(args: argparse.Namespace) -> int:
 
 def model_rows(models: Sequence[ModelInfo]) -> tuple[list[str], list[list[str]]]:
     """Column names and a row for each model."""
-    columns = ["name", "type", "dtype", "parameters", "context", "vocabulary", "chat", "path"]
+    columns = ["name", "type", "dtype", "KV", "parameters", "context", "vocabulary", "chat", "path"]
     rows = [
         [
             model.name,
             model.model_type,
             model.dtype,
+            model.kv_dtype,
             f"{model.parameters:,}",
             str(model.max_model_len),
             str(model.vocab_size),

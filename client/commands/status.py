@@ -58,6 +58,7 @@ def _show(status: Status) -> None:
         "pid": str(status.pid),
         "starts of the workers": str(status.epoch),
         "all-reduce": status.comm,
+        "kernels": status.kernels,
         "queued": queued,
         "running": str(status.running),
         "steps": str(status.totals.steps),

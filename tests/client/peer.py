@@ -54,6 +54,7 @@ MODEL = ModelInfo(
     path="models/demo",
     model_type="llama",
     dtype="fp32",
+    kv_dtype="fp32",
     parameters=1_234_567,
     max_model_len=512,
     vocab_size=4096,
@@ -228,6 +229,7 @@ def status(request_id: str) -> Status:
         pid=4711,
         epoch=1,
         comm="shm",
+        kernels="native avx2",
         workers=[
             WorkerStatus(
                 rank=rank,

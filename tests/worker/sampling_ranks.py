@@ -13,7 +13,7 @@ from shared.sharding import split_groups
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
 from worker.sampling.sampler import Sampled, Sampler
-from worker.sampling.vocabulary import Vocabulary
+from worker.sampling.vocabulary import StepLogits, Vocabulary, best_of
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
@@ -102,8 +102,9 @@ def _run_rank(
         for slot, history in batch.begin.items():
             sampler.begin(slot, history)
         before = comm.calls
+        logits = np.stack([row.logits[mine] for row in batch.rows])
         sampled = sampler(
-            np.stack([row.logits[mine] for row in batch.rows]),
+            StepLogits(logits, best_of(logits)),
             [row.sampling for row in batch.rows],
             [row.position for row in batch.rows],
             [row.slot for row in batch.rows],

@@ -32,7 +32,7 @@ def loaded(
 ) -> LoadedModel:
     """The model on one rank, ready for steps."""
     library = native_library() if kernels == "native" else None
-    pool = None if library is None else Pool(library, 1, comm.world)
+    pool = None if library is None else Pool(library, 1, crowded=comm.world > 2)
     runner = Runner(comm, owned, VIRTUAL_SHARDS, pool)
     order = LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=512)
     runner.load(order)
@@ -57,7 +57,7 @@ def logits_of(folder: Path, world: int, chunks: list[list[int]], kernels: str) -
                 start = 0
                 continue
             step = SequenceStep(0, start, chunk, table, GREEDY)
-            rows.append(model.ops.run([step], model.last_tokens)[0].copy())
+            rows.append(model.ops.run([step], model.last_tokens).logits[0].copy())
             start += len(chunk)
         pieces[comm.rank] = np.stack(rows)
 
@@ -145,7 +145,7 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
             SequenceStep(i, len(p) - 1, p[-1:], blocks[i].tobytes(), GREEDY)
             for i, p in enumerate(prompts)
         ]
-        together = model.ops.run(last, model.last_tokens)
+        together = model.ops.run(last, model.last_tokens).logits
         for ours, theirs in zip(together, alone, strict=True):
             assert relative(ours, theirs) < TOLERANCE
 

@@ -31,7 +31,8 @@ def stress(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     empty = folder / "empty.cpp"
     empty.write_text("int main() {}\n")
-    for command in ([*build, empty, "-o", folder / "empty"], [folder / "empty"]):
+    commands: list[list[str | Path]] = [[*build, empty, "-o", folder / "empty"], [folder / "empty"]]
+    for command in commands:
         tried = subprocess.run(command, capture_output=True, text=True)
         if tried.returncode:
             pytest.skip(f"no {'+'.join(sanitizers)} sanitizer here: {tried.stderr[-200:]}")

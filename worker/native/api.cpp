@@ -203,6 +203,12 @@ TPS_API void tps_program_linear(Program* program, int32_t target, int32_t in, co
     program->add(std::move(op));
 }
 
+TPS_API void tps_program_best(Program* program, int32_t columns) {
+    auto op = std::make_unique<Best>();
+    op->columns = columns;
+    program->add(std::move(op));
+}
+
 TPS_API void tps_program_rope_store(Program* program, int32_t qkv, int32_t heads, const float* cos,
                                     const float* sin, const KVMemory* kv, int32_t layer) {
     auto op = std::make_unique<RopeStore>();

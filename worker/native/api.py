@@ -4,7 +4,6 @@ Everything that the library makes belongs to a Python object here, which gives i
 """
 
 import ctypes
-import os
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -55,6 +54,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
+    "tps_program_best": (None, (_POINTER, _INT)),
     "tps_program_rope_store": (None, (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
     "tps_program_attention": (
         None,
@@ -107,10 +107,12 @@ def groups_of(columns: int) -> int:
 class Pool:
     """The threads of this worker."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int, world: int) -> None:
-        """`world`: workers on this host; too many of them wait in one another's way."""
+    def __init__(self, library: ctypes.CDLL, threads: int, *, crowded: bool) -> None:
+        """`crowded`: with other workers', more threads compute on this host than it has cores.
+
+        Who waits then gives way sooner.
+        """
         self.library = library
-        crowded = threads * world > len(os.sched_getaffinity(0))
         self.handle = made(library.tps_pool_new(threads, crowded))
         weakref.finalize(self, library.tps_pool_free, self.handle)
 
@@ -175,6 +177,7 @@ class _Step(ctypes.Structure):
         ("logit_rows", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("logit_stride", ctypes.c_size_t),
+        ("best", ctypes.c_void_p),
     )
 
 
@@ -194,14 +197,16 @@ class StepArrays:
         self._capacity = self._sequences = 0
         self._table = np.empty(0, dtype=np.int32)
         self._table_address = 0
+        self._logits = np.empty(0, dtype=np.float32)
+        self._best = np.empty((0, 2))
 
     def fill(
         self,
         sequences: Sequence[SequenceStep],
         last_tokens: npt.NDArray[np.int64],
         logit_columns: int,
-    ) -> npt.NDArray[np.float32]:
-        """Describes a step. Returns where its logits will be: [B, logit_columns]."""
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[tuple[int, int, int, int, int]] = []
@@ -221,19 +226,24 @@ class StepArrays:
             at += len(s.blocks)
             if s.sampling is not None:
                 logit_rows.append(len(ids) - 1)
-        self._reserve_tokens(len(ids))
+        tokens, wanted = len(ids), len(logit_rows)
+        self._reserve_tokens(tokens)
         self._table[: len(table) // 4] = np.frombuffer(table, dtype="<i4")
-        self._ids[: len(ids)] = ids
-        self._positions[: len(ids)] = positions
+        self._ids[:tokens] = ids
+        self._positions[:tokens] = positions
         self._rows[: len(rows)] = rows
-        self._logit_rows[: len(logit_rows)] = logit_rows
-        logits = np.empty((len(logit_rows), logit_columns), dtype=np.float32)
+        self._logit_rows[:wanted] = logit_rows
+        if wanted * logit_columns > self._logits.size or wanted > len(self._best):
+            self._logits = np.empty(2 * wanted * logit_columns, dtype=np.float32)
+            self._best = np.empty((2 * wanted, 2))
+            self._struct.logits = self._logits.ctypes.data
+            self._struct.best = self._best.ctypes.data
         step = self._struct
-        self.tokens = step.tokens = len(ids)
-        step.sequence_count = len(rows)
-        step.logit_count, step.logit_stride = len(logit_rows), logit_columns
-        step.logits = logits.ctypes.data
-        return logits
+        self.tokens = step.tokens = tokens
+        step.sequence_count, step.logit_count = len(rows), wanted
+        step.logit_stride = logit_columns
+        logits = self._logits[: wanted * logit_columns].reshape(wanted, logit_columns)
+        return logits, self._best[:wanted]
 
     def _reserve_tokens(self, tokens: int) -> None:
         if tokens > self._capacity:

@@ -559,6 +559,50 @@ void attention(const KVLayer& kv, const AttentionArgs& args, int thread, int thr
     }
 }
 
+// --- sampling -------------------------------------------------------------------------------------
+
+void best(const float* logits, int count, double best[2]) {
+    constexpr int kChunk = 256;
+    int chunk = 0, regular = 1;
+    float highest = -INFINITY;
+    for (int first = 0; first < count; first += kChunk) {
+        const int end = std::min(first + kChunk, count);
+        f32x16 most = set1(-INFINITY), zeros = zero();
+        int i = first;
+        for (; i + 16 <= end; i += 16) {
+            const f32x16 x = load(logits + i);
+            most = max(x, most);
+            zeros = fma(x, zero(), zeros);  // not 0 any more after NaN or infinity
+        }
+        float of_chunk = max_of(most), rest = sum(zeros);
+        for (; i < end; ++i) {
+            of_chunk = logits[i] > of_chunk ? logits[i] : of_chunk;
+            rest += logits[i] * 0.0f;
+        }
+        if (rest != 0) regular = 0;
+        if (of_chunk > highest) {
+            highest = of_chunk;
+            chunk = first;
+        }
+    }
+    int at = chunk;
+    if (!regular) {
+        at = 0;
+        for (int i = 0; i < count; ++i) {
+            if (std::isnan(logits[i])) {
+                highest = logits[i];
+                at = i;
+                break;
+            }
+            if (logits[i] > logits[at]) at = i;
+        }
+    } else {
+        while (at < count && logits[at] != highest) ++at;
+    }
+    best[0] = double(count > 0 ? logits[at] : -INFINITY);
+    best[1] = double(at);
+}
+
 // --- packing --------------------------------------------------------------------------------------
 
 // The scale for 16-level numbers with the least squared error, among some around the usual one, which
@@ -652,7 +696,7 @@ void pack_block(const Weight& weight, int block, const float* rows) {
 extern const Kernels kernels;
 const Kernels kernels = {
     TPS_STRING(TPS_LEVEL), kTileTokens, linear, rms_norm, swiglu, quantize,
-    add_tree, rope, store_kv, attention, embed, pack_block,
+    add_tree, rope, store_kv, attention, embed, best, pack_block,
 };
 
 }  // namespace tps::TPS_LEVEL

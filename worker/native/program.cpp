@@ -206,6 +206,12 @@ void Linear::run(Program& program, const Step& step, int thread) {
     program.kernels().linear(*weight, program.activations(in, tokens), to, part.begin, part.end);
 }
 
+void Best::run(Program& program, const Step& step, int thread) {
+    const Part part(step.logit_count, thread, program.pool().size());
+    for (int row = part.begin; row < part.end; ++row)
+        program.kernels().best(step.logits + row * step.logit_stride, columns, step.best + 2 * row);
+}
+
 void RopeStore::run(Program& program, const Step& step, int thread) {
     const Kernels& kernels = program.kernels();
     const int d = kv->head_dim, kv_heads = kv->kv_heads;

@@ -20,6 +20,7 @@ struct Step {
     const int32_t* logit_rows;  // [logit_count]: the tokens whose successors are wanted
     float* logits;              // [logit_count][logit_stride]
     size_t logit_stride;
+    double* best;               // [logit_count][2]: the highest of each row's logits and its column
 };
 
 // Keys and values of one model on this rank.
@@ -132,6 +133,12 @@ struct Linear : Program::Op {
     const Weight* weight;
     void run(Program&, const Step&, int thread) override;
     bool stops() const override { return target == kHost; }
+};
+
+// The best of the step's logits.
+struct Best : Program::Op {
+    int columns;
+    void run(Program&, const Step&, int thread) override;
 };
 
 // Rotates query and key heads of qkv in place, and stores keys and values.

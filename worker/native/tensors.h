@@ -154,6 +154,8 @@ struct Kernels {
                      const float* value);
     void (*attention)(const KVLayer&, const AttentionArgs&, int thread, int threads);
     void (*embed)(const void* table, Format format, int64_t row, int size, float* out);
+    // The highest of some logits and its column, the first among equals; NaN counts as the highest.
+    void (*best)(const float* logits, int count, double best[2]);
     // Packs one row block from rows [16][groups * 32].
     void (*pack_block)(const Weight&, int block, const float* rows);
 };

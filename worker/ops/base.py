@@ -10,18 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from shared.messages import SequenceStep
-from worker.comm.base import Floats
+from worker.sampling.vocabulary import Ints, StepLogits
 
 Value = Any
 """What flows between operations: a tensor, or the name of a recorded buffer. T tokens of a step."""
 Weight = Any
 """A weight in the form that its `Ops` wants."""
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class Ops(Protocol):
     def copy_block(self, source: int, target: int) -> None:
         """Copy a KV block in every layer."""
 
-    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> Floats:
+    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> StepLogits:
         """One forward pass: logits [B, own tokens] of the sequences that want a token.
 
         last_tokens: by slot, for sequences that bring no tokens. Raises CommError.

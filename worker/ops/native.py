@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.errors import CommError, ConfigError
+from shared.errors import ConfigError
 from shared.messages import BLOCK_TOKENS, SequenceStep
 from shared.model_config import ModelConfig
 from shared.sharding import ReductionTree, aligned_subtrees
-from worker.comm.base import Communicator, Floats
+from worker.comm.base import Communicator
 from worker.native.api import (
     FORMATS,
     GROUP,
@@ -34,7 +34,8 @@ from worker.native.api import (
     int32s,
     made,
 )
-from worker.ops.base import HeadLayout, Ints, RopeTable
+from worker.ops.base import HeadLayout, RopeTable
+from worker.sampling.vocabulary import Ints, StepLogits
 
 _KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 _INT8_SCALE_BYTES = 4
@@ -307,9 +308,10 @@ class NativeOps:
     def logits(self, x: Value, head: Matrix) -> Value:
         """See Ops."""
         self._head = head
-        return self._linear(
-            _TO_LOGITS, x, head, Value(head.padded_rows, head.rows, in_buffer=False)
-        )
+        out = Value(head.padded_rows, head.rows, in_buffer=False)
+        self._linear(_TO_LOGITS, x, head, out)
+        self._call("best", head.rows)
+        return out
 
     def _linear(self, target: int, x: Value, weight: Matrix, out: Value) -> Value:
         assert x.weight_offset in (None, weight.weight_offset), "quantised for one kind of weight"
@@ -329,17 +331,17 @@ class NativeOps:
         """See Ops."""
         self._library.tps_kv_copy(self._kv, source, target)
 
-    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> Floats:
+    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> StepLogits:
         """See Ops."""
         assert self._head is not None, "allocate comes before steps"
         arrays = self._arrays
-        logits = arrays.fill(sequences, last_tokens, self._head.padded_rows)
+        logits, best = arrays.fill(sequences, last_tokens, self._head.padded_rows)
         at = 0
         while (at := self._library.tps_program_run(self._program, arrays.address, at)) != _DONE:
             if at < _DONE:
-                raise CommError(-2 - at, "did not answer in time in all-reduce")
+                raise self._comm.lost(-2 - at, "all-reduce")
             self._reduce_on_host(*self._roots_after[at], arrays.tokens)
-        return logits[:, : self._head.rows]
+        return StepLogits(logits[:, : self._head.rows], best)
 
     def _reduce_on_host(self, value: Value, roots: int, tokens: int) -> None:
         """The rest of an all-reduce: the total takes the place of the first root."""

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from shared.messages import BLOCK_TOKENS, SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
-from worker.ops.base import HeadLayout, Ints, RopeTable
+from worker.ops.base import HeadLayout, RopeTable
+from worker.sampling.vocabulary import Ints, StepLogits, best_of
 
 _UPCAST_ROWS = 32
 """From so many rows on a CPU without 16-bit matrix instructions does better in float32 (5632 x 2048,
@@ -218,12 +219,12 @@ class TorchOps:
         self._cache.copy(source, target)
 
     @torch.inference_mode()
-    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> Floats:
+    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> StepLogits:
         """See Ops."""
         assert self._forward is not None, "allocate comes before steps"
         self._step = prepare(sequences, last_tokens, self._window)
         logits: Floats = self._forward().numpy()
-        return logits
+        return StepLogits(logits, best_of(logits))
 
 
 def prepare(sequences: Sequence[SequenceStep], last_tokens: Ints, window: int | None) -> StepInput:

@@ -23,7 +23,9 @@ from worker.sampling.vocabulary import (
     Bools,
     Doubles,
     Ints,
+    StepLogits,
     Vocabulary,
+    best_of,
     gather,
     partial_sums,
     softmax_sums,
@@ -64,17 +66,19 @@ class Sampler:
 
     def __call__(
         self,
-        logits: Floats,
+        step: StepLogits,
         sampling: Sequence[Sampling],
         positions: Sequence[int],
         slots: Sequence[int],
     ) -> Sampled:
         """A token for each row; its noise depends on its seed and position and nothing else.
 
-        logits: [B, own tokens] float32, overwritten. positions: of the tokens to choose. slots: whose
-        sequences' counts penalties use, and add the token to.
+        step: logits of B rows, overwritten. positions: of the tokens to choose. slots: whose sequences'
+        counts penalties use, and add the token to.
         """
-        own = logits
+        if all(map(_is_plain, sampling)):
+            return Sampled(self._agree(self._scores(step.best)).tolist(), [])
+        own = step.logits
         reported = [row for row, s in enumerate(sampling) if s.logprobs >= 0]
         models_own = own[reported] if reported else own[:0]  # a copy, before any change
         changed = [
@@ -86,23 +90,31 @@ class Sampler:
             s = sampling[row]
             counts = self._counts[slots[row]] if s.penalises else None
             change_logits(own[row], s, positions[row], counts, self._vocabulary)
-        tokens = self._choose(own, sampling, positions)
+        best = step.best.copy()
+        if changed:
+            best[changed] = best_of(own[changed])
+        tokens = self._choose(own, self._scores(best), sampling, positions)
         for row in changed:
             if sampling[row].penalises:
                 self._counts[slots[row]].add(int(tokens[row]))
         logprobs = self._logprobs(models_own, reported, tokens, sampling) if reported else []
         return Sampled(tokens.tolist(), logprobs)
 
-    def _choose(self, own: Floats, sampling: Sequence[Sampling], positions: Sequence[int]) -> Ints:
-        """Tokens [B], from the logits [B, own tokens] as they are."""
-        scores = self._best_scores(own)  # which is all that greedy rows need
+    def _choose(
+        self,
+        own: Floats,
+        scores: Doubles,
+        sampling: Sequence[Sampling],
+        positions: Sequence[int],
+    ) -> Ints:
+        """Tokens [B], from the logits [B, own tokens] as they are, and the best of each row."""
         random = [row for row, s in enumerate(sampling) if s.temperature > 0]
         cut = [row for row in random if is_cut(sampling[row])]
         if len(cut) < len(random):
             plain = [row for row in random if not is_cut(sampling[row])]
             self._perturb(scores, own, plain, sampling, positions)
         if not cut:
-            return _winners(*gather(self._comm, scores))
+            return self._agree(scores)
         rows = np.array(cut)
         logits = own if len(cut) == len(own) else own[rows]
         logits[~(scores[rows, 0] < np.inf)] = 0  # these rows get no token, whatever is drawn
@@ -135,16 +147,16 @@ class Sampler:
         sums[rows] = softmax_sums(ranks_sums, temperature, self._vocabulary)[1]
         return ranks_scores, ranks_best, sums
 
-    def _best_scores(self, own: Floats) -> Doubles:
-        """The highest own logit and its id for each row: [B, 2]. NaN counts as the highest."""
-        scores = np.empty((len(own), 2))
-        if not own.size:
-            scores[:] = -np.inf, self._vocabulary.first_id
-            return scores
-        columns = own.argmax(axis=1)  # the lowest id among equals
-        scores[:, 0] = own[np.arange(len(own)), columns]
-        scores[:, 1] = columns + self._vocabulary.first_id
-        return scores
+    def _scores(self, best: Doubles) -> Doubles:
+        """The best own logit of each row and its id [B, 2], from its column."""
+        best[:, 1] += self._vocabulary.first_id
+        return best
+
+    def _agree(self, scores: Doubles) -> Ints:
+        """The tokens [B] with the best scores [B, 2] of all ranks."""
+        if self._comm.world == 1:
+            return np.where(np.isfinite(scores[:, 0]), scores[:, 1], NOT_FINITE).astype(np.int64)
+        return _winners(*gather(self._comm, scores))
 
     def _perturb(
         self,
@@ -208,6 +220,17 @@ class Sampler:
             for row, logprobs in zip(rows, of_rows, strict=True):
                 found[row] = logprobs
         return found
+
+
+def _is_plain(s: Sampling) -> bool:
+    """Whether the row takes its best logit as it is, and reports nothing."""
+    return (
+        s.temperature == 0
+        and s.logprobs < 0
+        and not s.logit_bias
+        and not s.banned
+        and not s.penalises
+    )
 
 
 def _winners(every: Doubles) -> Ints:

@@ -5,6 +5,7 @@ Logits never leave a rank as they are, but for the few rows that `whole_rows` is
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,16 @@ Bools = npt.NDArray[np.bool_]
 
 UNLIMITED = sys.maxsize
 """More tokens than any vocabulary has."""
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What a forward pass gives the sampler; valid until the next one."""
+
+    logits: Floats
+    """[B, own tokens]"""
+    best: Doubles
+    """[B, 2]: the highest of each row and its column, the first among equals; NaN is the highest."""
 
 
 class Vocabulary:
@@ -108,3 +119,15 @@ def softmax_sums(
     highest[highest == -np.inf] = 0
     scales = np.exp((shards[:, :, 0] - highest) / temperature)
     return highest, (shards[:, :, 1] * scales).sum(axis=1, keepdims=True)
+
+
+def best_of(logits: Floats) -> Doubles:
+    """The highest of each row [B, M] and its column: [B, 2], as in StepLogits."""
+    found = np.empty((len(logits), 2))
+    if logits.size:
+        columns = logits.argmax(axis=1)
+        found[:, 0] = logits[np.arange(len(logits)), columns]
+        found[:, 1] = columns
+    else:
+        found[:] = -np.inf, 0
+    return found
