@@ -6,6 +6,7 @@ a checkpoint with random weights; and each model as GGUF and in OpenVINO's forma
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,9 @@ import venv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = PROJECT.parent / "shared"
@@ -34,18 +38,20 @@ class Peers:
     """The environment, and which of the peers are in it."""
 
     python: Path
-    llama_cpp: bool
-    openvino: bool
+    llama_cpp: str | None
+    """Its version; None: it is not installed."""
+    openvino: str | None
 
 
 def find_peers() -> Peers:
     """What `prepare_environment` has installed so far."""
     python = ENVIRONMENT / "bin" / "python"
-    return Peers(python, _imports(python, "llama_cpp"), _imports(python, "openvino_genai"))
+    return Peers(python, _version(python, "llama_cpp"), _version(python, "openvino_genai"))
 
 
 def prepare_environment() -> None:
     """Install what is missing. A peer that cannot be installed is left out with a line that says so."""
+    os.nice(19)  # compiling takes many minutes, and somebody else may be using the machine
     if not (ENVIRONMENT / "bin" / "python").exists():
         venv.create(ENVIRONMENT, with_pip=True)
     for name, prepare in (("llama.cpp", _install_llama_cpp), ("OpenVINO GenAI", _install_openvino)):
@@ -68,15 +74,15 @@ def _install_llama_cpp() -> None:
             packed.extractall(CACHE, filter="data")
         archive.unlink()
     if not find_peers().llama_cpp:
-        # Somebody else may be using the machine, and this takes many minutes.
-        os.nice(19)
+        _pip("install", *CONVERTER)
         _pip("install", str(source), environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON"})
-    _pip("install", *CONVERTER)
 
 
 def _install_openvino() -> None:
     if not find_peers().openvino:
         _pip("install", *OPENVINO)
+        # Only for pictures, and what the registry has need not fit the CPU build of torch.
+        _pip("uninstall", "--yes", "torchvision")
 
 
 def random_checkpoint(preset: str) -> Path:
@@ -96,16 +102,38 @@ def gguf(peers: Peers, model: Path, kind: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".unfinished")
+    unfinished = target.with_name(f"{target.name}.unfinished")
     if kind in ("q8_0", "q4_0"):
         script = str(HERE / "peer_llama_cpp.py")
         source = gguf(peers, model, "bf16")
         _run([str(peers.python), script, "quantize", str(source), str(unfinished), kind])
     else:
         upstream = CACHE / LLAMA_CPP / "vendor" / "llama.cpp"
-        command = [str(peers.python), str(upstream / "convert_hf_to_gguf.py"), str(model)]
-        _run([*command, "--outtype", kind, "--outfile", str(unfinished)])
+        command = [str(peers.python), str(upstream / "convert_hf_to_gguf.py")]
+        command += [str(_with_embedding(model)), "--outtype", kind, "--outfile", str(unfinished)]
+        _run(command)
     return unfinished.rename(target)
+
+
+def _with_embedding(model: Path) -> Path:
+    """`model`, or a copy that has its tied matrix under the name that llama.cpp's converter knows."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    weights = model / "model.safetensors"
+    if not weights.exists():
+        return (
+            model  # in several files: none of the small models that are saved under the head's name
+        )
+    with safe_open(weights, "pt") as file:
+        if embedding in file.keys():  # noqa: SIM118 - not a mapping
+            return model
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    copy = CACHE / "renamed" / model.name
+    copy.mkdir(parents=True, exist_ok=True)
+    for file_beside in model.glob("*.json"):
+        shutil.copyfile(file_beside, copy / file_beside.name)
+    tensors[embedding] = tensors.pop(head)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def openvino(peers: Peers, model: Path) -> Path:
@@ -113,17 +141,20 @@ def openvino(peers: Peers, model: Path) -> Path:
     target = CACHE / "openvino" / f"{model.name}-int8"
     if target.exists():
         return target
-    unfinished = target.with_suffix(".unfinished")
+    unfinished = target.with_name(f"{target.name}.unfinished")
     command = [str(peers.python.with_name("optimum-cli")), "export", "openvino"]
     command += ["--model", str(model), "--task", "text-generation-with-past"]
     _run([*command, "--weight-format", "int8", str(unfinished)])
     return unfinished.rename(target)
 
 
-def _imports(python: Path, module: str) -> bool:
+def _version(python: Path, module: str) -> str | None:
+    """The version of a module that can be imported there."""
     if not python.exists():
-        return False
-    return not subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode
+        return None
+    command = [str(python), "-c", f"import {module}; print({module}.__version__)"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    return None if asked.returncode else asked.stdout.strip()
 
 
 def _pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:

@@ -28,12 +28,14 @@ import numpy.typing as npt
 
 FILE_TYPES = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
 
+# llama.cpp writes pages about each model to standard error.
+LOG_NOTHING = llama_cpp.llama_log_callback(lambda level, text, data: None)
+
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """All matrices in `kind`; llama.cpp's usual Q4_0 keeps the head in 6 bits, which is slower."""
+    """As llama.cpp's own command does it: with Q4_0 the head gets 6 bits a weight."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[kind]
-    params.pure = True
     status = llama_cpp.llama_model_quantize(
         str(source).encode(), str(target).encode(), ctypes.byref(params)
     )
@@ -112,7 +114,8 @@ class Engine:
             sys.exit(f"llama_decode failed with {status}")
         logits = llama_cpp.llama_get_logits(self._context)
         rows = np.ctypeslib.as_array(logits, shape=(wanted, self._vocab_size))
-        return rows.argmax(axis=1)
+        chosen: npt.NDArray[np.int64] = rows.argmax(axis=1)
+        return chosen
 
 
 class Binding:
@@ -159,11 +162,6 @@ def serve(path: Path, threads: int, streams: int, context: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-@llama_cpp.llama_log_callback
-def _log_nothing(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """llama.cpp writes pages about the model to standard error."""
-
-
 def main() -> None:
     """One of the two commands."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -178,7 +176,7 @@ def main() -> None:
     serving.add_argument("--streams", type=int, default=1)
     serving.add_argument("--context", type=int, default=256)
     options = parser.parse_args()
-    llama_cpp.llama_log_set(_log_nothing, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(LOG_NOTHING, ctypes.c_void_p(0))
     if options.command == "quantize":
         quantize(options.source, options.target, options.kind)
     else:

@@ -19,6 +19,7 @@ from worker.layers import Placement
 from worker.loader import Checkpoint
 from worker.model import Decoder
 from worker.native.api import Pool
+from worker.native.sampling import NativeRows
 from worker.ops.base import HeadLayout, Ops
 from worker.ops.choose import make_ops
 from worker.sampling.sampler import Sampled, Sampler
@@ -68,7 +69,8 @@ class Runner:
         decoder = Decoder(checkpoint, placement, order.max_model_len)
         checkpoint.close()
         token_ids = [[shards.vocab_rows(range(v, v + 1)) for v in owned] for owned in self._owned]
-        sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids))
+        rows = None if self._pool is None else NativeRows(self._pool.library)
+        sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids, rows))
         layers, layout = config.num_layers, placement.head_layout()
         self._models[order.model] = LoadedModel(decoder, ops, layers, layout, sampler)
         return ops.weight_bytes, ops.block_bytes(layers, layout)

@@ -12,6 +12,8 @@ from shared.messages import History, Sampling
 from shared.sharding import split_groups
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
+from worker.native.api import native_library
+from worker.native.sampling import NativeRows
 from worker.sampling.sampler import Sampled, Sampler
 from worker.sampling.vocabulary import StepLogits, Vocabulary, best_of
 
@@ -78,11 +80,25 @@ class Outcome:
 
 
 def sample_on_ranks(world: int, batches: Sequence[Batch]) -> list[Outcome]:
-    """Sample the batches on all ranks, each in a thread of its own; what all of them got."""
+    """Sample the batches on all ranks, each in a thread of its own; what all of them got.
+
+    Where the native library is there, it and numpy must choose the same tokens.
+    """
+    plain = _sample(world, batches, None)
+    library = native_library()
+    if library is None:
+        return plain
+    outcomes = _sample(world, batches, NativeRows(library))
+    for mine, theirs in zip(outcomes, plain, strict=True):
+        assert mine.sampled.tokens == theirs.sampled.tokens, "native and numpy disagree"
+    return outcomes
+
+
+def _sample(world: int, batches: Sequence[Batch], native: NativeRows | None) -> list[Outcome]:
     outcomes: dict[int, list[Outcome]] = {}
 
     def job(comm: Communicator, owned: list[range]) -> None:
-        outcomes[comm.rank] = _run_rank(CountingCommunicator(comm), owned, batches)
+        outcomes[comm.rank] = _run_rank(CountingCommunicator(comm), owned, batches, native)
 
     run_ranks(world, job)
     for rank in range(1, world):
@@ -91,12 +107,15 @@ def sample_on_ranks(world: int, batches: Sequence[Batch]) -> list[Outcome]:
 
 
 def _run_rank(
-    comm: CountingCommunicator, owned: Sequence[range], batches: Sequence[Batch]
+    comm: CountingCommunicator,
+    owned: Sequence[range],
+    batches: Sequence[Batch],
+    native: NativeRows | None,
 ) -> list[Outcome]:
     vocab = len(batches[0].rows[0].logits)
     token_ids = [[split_groups(vocab, VIRTUAL_SHARDS, v) for v in own] for own in owned]
     mine = slice(token_ids[comm.rank][0].start, token_ids[comm.rank][-1].stop)
-    sampler = Sampler(comm, Vocabulary(comm.rank, token_ids))
+    sampler = Sampler(comm, Vocabulary(comm.rank, token_ids, native))
     outcomes = []
     for batch in batches:
         for slot, history in batch.begin.items():

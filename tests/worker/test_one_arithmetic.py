@@ -143,6 +143,7 @@ def assert_one_arithmetic(
             here = f"{setting}, way {way}"
             for key, row in logits.items():
                 assert row.shape == (config.vocab_size,)
+                assert np.isfinite(row).all()
                 bits = digest(row)
                 first, where = seen.setdefault(key, (bits, here))
                 compared += where != here

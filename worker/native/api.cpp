@@ -147,6 +147,36 @@ TPS_API KVMemory* tps_kv_new(int32_t format, int32_t layers, int32_t kv_heads, i
 TPS_API void tps_kv_free(KVMemory* kv) { delete kv; }
 TPS_API void tps_kv_copy(KVMemory* kv, int32_t source, int32_t target) { kv->copy(source, target); }
 
+// --- sampling; rows of logits [rows][stride] ------------------------------------------------------
+
+// values, columns: [rows][count]
+TPS_API void tps_top(const float* logits, size_t stride, int32_t rows, int32_t size, int32_t count,
+                     float* values, int64_t* columns) {
+    const auto pool = std::make_unique<int32_t[]>(4 * size_t(count));
+    for (int row = 0; row < rows; ++row)
+        kernels()->top(logits + row * stride, size, count, values + size_t(row) * count,
+                       columns + size_t(row) * count, pool.get());
+}
+
+// out: [rows][shards][2], for the logits [shard_starts[s], shard_starts[s] + shard_lengths[s])
+TPS_API void tps_softmax_sums(const float* logits, size_t stride, int32_t rows, const double* temperature,
+                              const int64_t* shard_starts, const int64_t* shard_lengths, int32_t shards,
+                              double* out) {
+    for (int row = 0; row < rows; ++row)
+        for (int s = 0; s < shards; ++s)
+            kernels()->softmax_sum(logits + row * stride + shard_starts[s], int(shard_lengths[s]),
+                                   temperature[row], out + 2 * (size_t(row) * shards + s));
+}
+
+// best: [rows][2], on entry the column to start with, on return the best score and its column
+TPS_API void tps_gumbel_best(const float* logits, size_t stride, int32_t rows, int32_t size,
+                             const double* temperature, const uint64_t* keys, uint64_t first_id,
+                             double* best) {
+    for (int row = 0; row < rows; ++row)
+        kernels()->gumbel_best(logits + row * stride, size, temperature[row], keys[row], first_id,
+                               int(best[2 * row + 1]), best + 2 * row);
+}
+
 // --- programs -------------------------------------------------------------------------------------
 
 TPS_API Program* tps_program_new(Pool* pool, Collective* collective) {

@@ -41,6 +41,15 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tps_kv_new": (_POINTER, (_INT, _INT, _INT, _INT, _INT)),
     "tps_kv_free": (None, (_POINTER,)),
     "tps_kv_copy": (None, (_POINTER, _INT, _INT)),
+    "tps_top": (None, (_POINTER, ctypes.c_size_t, _INT, _INT, _INT, _POINTER, _POINTER)),
+    "tps_softmax_sums": (
+        None,
+        (_POINTER, ctypes.c_size_t, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
+    ),
+    "tps_gumbel_best": (
+        None,
+        (_POINTER, ctypes.c_size_t, _INT, _INT, _POINTER, _POINTER, ctypes.c_uint64, _POINTER),
+    ),
     "tps_program_new": (_POINTER, (_POINTER, _POINTER)),
     "tps_program_free": (None, (_POINTER,)),
     "tps_program_add_buffer": (_INT, (_POINTER, _INT)),

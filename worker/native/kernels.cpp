@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "sampling.h"
 #include "simd.h"
 #include "tensors.h"
 
@@ -20,6 +21,7 @@ constexpr int kTileTokens = 3, kTileBlocks = 1;  // 12 of 16
 constexpr int kPrefetchBytes = 4096;
 constexpr size_t kChunkBytes = 384 << 10;  // of weights that stay in the L2 cache for all tiles
 constexpr int kStackDepth = 9;             // log2(kMaxSegments) + 1
+constexpr float kSmallest = 0x1p-100f;     // less than that is 0 in int8, as 127 over it may be infinite
 
 template <Format format>
 constexpr size_t kGroupBytes = format == kF32 ? 2048 : format == kI8 ? 512 : format == kI4 ? 256 : 1024;
@@ -229,9 +231,10 @@ void quantize(const float* x, int token, int group_begin, int group_end, int gro
     for (int g = group_begin; g < group_end; ++g) {
         const f32x16 a = load(x + g * kGroup), b = load(x + g * kGroup + 16);
         const float largest = max_of(max(abs(a), abs(b)));
-        // NaN and infinity must reach the sums; integers cannot carry them, the scale can.
-        const bool finite = largest <= 3.4e38f;
-        const f32x16 inverse = set1(finite && largest > 0 ? 127.0f / largest : 0.0f);
+        // NaN and infinity must reach the sums; integers cannot carry them, the scale can. A maximum
+        // loses NaN, but 0 times either of them is NaN.
+        const bool finite = sum(fma(a, zero(), mul(b, zero()))) == 0;
+        const f32x16 inverse = set1(finite && largest >= kSmallest ? 127.0f / largest : 0.0f);
         const i32x16 qa = round_to_i32(mul(finite ? a : zero(), inverse));
         const i32x16 qb = round_to_i32(mul(finite ? b : zero(), inverse));
         const size_t at = size_t(first) * groups + size_t(g) * count + (token - first);
@@ -302,7 +305,7 @@ TPS_INLINE float largest_of(const float* x, int count) {
     float largest = 0;
     for (int i = 0; i < count; ++i) {
         const float magnitude = std::fabs(x[i]);
-        if (!(magnitude <= largest)) largest = magnitude;  // NaN is kept
+        if (magnitude > largest || std::isnan(magnitude)) largest = magnitude;  // NaN is kept
     }
     return largest;
 }
@@ -321,8 +324,8 @@ void store_kv(const KVLayer& kv, int kv_head, int block_index, int offset, const
     int8_t* keys = (int8_t*)kv.keys + block * d * kBlockTokens + offset;
     int8_t* values = (int8_t*)kv.values + at * d;
     const float of_key = largest_of(key, d), of_value = largest_of(value, d);
-    const float key_inverse = of_key > 0 && of_key <= 3.4e38f ? 127.0f / of_key : 0.0f;
-    const float value_inverse = of_value > 0 && of_value <= 3.4e38f ? 127.0f / of_value : 0.0f;
+    const float key_inverse = of_key >= kSmallest && of_key <= 3.4e38f ? 127.0f / of_key : 0.0f;
+    const float value_inverse = of_value >= kSmallest && of_value <= 3.4e38f ? 127.0f / of_value : 0.0f;
     for (int i = 0; i < d; ++i) {
         keys[i * kBlockTokens] = key_inverse ? int8_t(std::nearbyint(key[i] * key_inverse)) : 0;
         values[i] = value_inverse ? int8_t(std::nearbyint(value[i] * value_inverse)) : 0;
@@ -559,70 +562,33 @@ void attention(const KVLayer& kv, const AttentionArgs& args, int thread, int thr
     }
 }
 
-// --- sampling -------------------------------------------------------------------------------------
-
-void best(const float* logits, int count, double best[2]) {
-    constexpr int kChunk = 256;
-    int chunk = 0, regular = 1;
-    float highest = -INFINITY;
-    for (int first = 0; first < count; first += kChunk) {
-        const int end = std::min(first + kChunk, count);
-        f32x16 most = set1(-INFINITY), zeros = zero();
-        int i = first;
-        for (; i + 16 <= end; i += 16) {
-            const f32x16 x = load(logits + i);
-            most = max(x, most);
-            zeros = fma(x, zero(), zeros);  // not 0 any more after NaN or infinity
-        }
-        float of_chunk = max_of(most), rest = sum(zeros);
-        for (; i < end; ++i) {
-            of_chunk = logits[i] > of_chunk ? logits[i] : of_chunk;
-            rest += logits[i] * 0.0f;
-        }
-        if (rest != 0) regular = 0;
-        if (of_chunk > highest) {
-            highest = of_chunk;
-            chunk = first;
-        }
-    }
-    int at = chunk;
-    if (!regular) {
-        at = 0;
-        for (int i = 0; i < count; ++i) {
-            if (std::isnan(logits[i])) {
-                highest = logits[i];
-                at = i;
-                break;
-            }
-            if (logits[i] > logits[at]) at = i;
-        }
-    } else {
-        while (at < count && logits[at] != highest) ++at;
-    }
-    best[0] = double(count > 0 ? logits[at] : -INFINITY);
-    best[1] = double(at);
-}
-
 // --- packing --------------------------------------------------------------------------------------
 
+// The scale for numbers from -127 to 127: the nearest half, or the next one where halves are so coarse
+// (below 2^-14) that the largest number would not fit.
+float scale_for_i8(const float* x) {
+    const float largest = largest_of(x, kGroup);
+    const uint16_t nearest = f16_of(largest / 127.0f);
+    const bool fits = float_of_f16(nearest) * 127.5f >= largest;
+    return float_of_f16(fits ? nearest : uint16_t(nearest + 1));
+}
+
 // The scale for 16-level numbers with the least squared error, among some around the usual one, which
-// maps the number of the largest magnitude to -8.
+// maps the number of the largest magnitude to -8. NaN where the numbers are not finite or too large.
 float scale_for_i4(const float* x) {
     float extreme = 0;
     for (int i = 0; i < kGroup; ++i)
         if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
-    if (extreme == 0) return 0;
     const f32x16 a = load(x), b = load(x + 16);
     const auto error_of = [](f32x16 v, f32x16 inverse, f32x16 scale) {
         const f32x16 q = min(set1(7.0f), max(set1(-8.0f), to_float(round_to_i32(mul(v, inverse)))));
         const f32x16 difference = sub(v, mul(q, scale));
         return mul(difference, difference);
     };
-    float best = 0, least = INFINITY;
+    float best = NAN, least = INFINITY;
     for (int step = -6; step <= 9; ++step) {
         const float scale = float_of_f16(f16_of(extreme / (-8.0f + 0.15f * float(step))));
-        if (scale == 0) continue;
-        const f32x16 inverse = set1(1.0f / scale);
+        const f32x16 inverse = set1(scale != 0 ? 1.0f / scale : 0.0f);
         const float error = sum(add(error_of(a, inverse, set1(scale)), error_of(b, inverse, set1(scale))));
         if (error < least) {
             least = error;
@@ -642,7 +608,7 @@ void pack_quantized(const Weight& weight, int block, const float* rows) {
             const float* x = rows + size_t(r) * groups * kGroup + g * kGroup;
             float scale;
             if constexpr (format == kI8)
-                scale = float_of_f16(f16_of(largest_of(x, kGroup) / 127.0f));
+                scale = scale_for_i8(x);
             else
                 scale = scale_for_i4(x);
             const float inverse = scale != 0 ? 1.0f / scale : 0.0f;
@@ -696,7 +662,7 @@ void pack_block(const Weight& weight, int block, const float* rows) {
 extern const Kernels kernels;
 const Kernels kernels = {
     TPS_STRING(TPS_LEVEL), kTileTokens, linear, rms_norm, swiglu, quantize,
-    add_tree, rope, store_kv, attention, embed, best, pack_block,
+    add_tree, rope, store_kv, attention, embed, best, top, softmax_sum, gumbel_best, pack_block,
 };
 
 }  // namespace tps::TPS_LEVEL

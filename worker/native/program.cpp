@@ -139,8 +139,10 @@ int Program::run(const Step& step, int first) {
     pool_.run([&](int thread) {
         for (size_t i = first; i < ops_.size(); ++i) {
             ops_[i]->run(*this, step, thread);
+            // Read before the barrier, behind which thread 0 may already be in the next exchange.
+            const bool lost = lost_ >= 0;
             pool_.barrier();
-            if (lost_ >= 0) return;  // written before the barrier
+            if (lost) return;
             if (ops_[i]->stops()) {
                 if (thread == 0) stopped = int(i) + 1;
                 return;

@@ -154,8 +154,13 @@ struct Kernels {
                      const float* value);
     void (*attention)(const KVLayer&, const AttentionArgs&, int thread, int threads);
     void (*embed)(const void* table, Format format, int64_t row, int size, float* out);
-    // The highest of some logits and its column, the first among equals; NaN counts as the highest.
-    void (*best)(const float* logits, int count, double best[2]);
+    // See sampling.h.
+    void (*best)(const float* logits, int size, double best[2]);
+    void (*top)(const float* logits, int size, int count, float* values, int64_t* columns,
+                int32_t* pool);
+    void (*softmax_sum)(const float* logits, int size, double temperature, double out[2]);
+    void (*gumbel_best)(const float* logits, int size, double temperature, uint64_t key,
+                        uint64_t first_id, int start, double best[2]);
     // Packs one row block from rows [16][groups * 32].
     void (*pack_block)(const Weight&, int block, const float* rows);
 };

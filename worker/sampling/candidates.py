@@ -22,7 +22,8 @@ def candidates(own: Floats, count: int, vocabulary: Vocabulary) -> Doubles:
     out[:, 0] = -np.inf
     held = min(count, vocabulary.size)
     if held:
-        values, columns = best(own, held)
+        native = vocabulary.native
+        values, columns = best(own, held) if native is None else native.top(own, held)
         out[:, 0, :held] = values
         np.add(columns, vocabulary.first_id, out=out[:, 1, :held])
     return out

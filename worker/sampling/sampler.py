@@ -176,6 +176,15 @@ class Sampler:
         keys = noise_keys([sampling[row] for row in rows], [positions[row] for row in rows])
         ids = self._vocabulary.first_id + np.arange(self._vocabulary.size)
         at_once = max(1, _SCORES_AT_ONCE // max(1, len(ids)))
+        native = self._vocabulary.native
+        if native is not None and len(ids):
+            start_at = scores[rows, 1] - self._vocabulary.first_id
+            logits = own if len(rows) == len(own) else own[rows]
+            found = native.gumbel_best(
+                logits, temperature, keys, self._vocabulary.first_id, start_at
+            )
+            scores[rows] = self._scores(found)
+            return
         for start in range(0, len(rows), at_once):
             block = rows[start : start + at_once]
             noisy = own[block] / temperature[start : start + at_once]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.comm.base import Communicator, Floats
+from worker.native.sampling import NativeRows
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -31,10 +32,16 @@ class StepLogits:
 
 
 class Vocabulary:
-    """Which token ids each rank holds, by virtual shard."""
+    """Which token ids each rank holds, by virtual shard, and what works on rows of this rank's logits."""
 
-    def __init__(self, rank: int, shards: Sequence[Sequence[range]]) -> None:
-        """`shards`: token ids of each virtual shard of each rank; in order, together all ids."""
+    def __init__(
+        self, rank: int, shards: Sequence[Sequence[range]], native: NativeRows | None = None
+    ) -> None:
+        """`shards`: token ids of each virtual shard of each rank; in order, together all ids.
+
+        native: None works on rows in numpy; the same for all ranks.
+        """
+        self.native = native
         lengths = [[len(ids) for ids in of_rank if ids] for of_rank in shards]
         self.sizes = [sum(of_rank) for of_rank in lengths]
         """Tokens of each rank."""
@@ -91,7 +98,10 @@ def partial_sums(own: Floats, temperature: Doubles, vocabulary: Vocabulary) -> D
     """
     sums = np.zeros((len(own), max(vocabulary.shards_per_rank), 2))
     sums[:, :, 0] = -np.inf
-    if own.size:
+    if own.size and vocabulary.native is not None:
+        starts, lengths = vocabulary.shard_starts, vocabulary.shard_lengths
+        sums[:, : len(starts)] = vocabulary.native.softmax_sums(own, temperature, starts, lengths)
+    elif own.size:
         highest = np.maximum.reduceat(own, vocabulary.shard_starts, axis=1)
         # Where there is nothing but -inf, -inf is to be taken off 0 and not off itself.
         anchors = np.where(highest == -np.inf, 0, highest)

@@ -1,0 +1,227 @@
+"""What peers.py lets compete: tpserve's server, the peers' processes, and bare reading of memory.
+
+A contestant is a process that stays up for a whole part of the benchmark and sleeps while it is not
+asked. All of them end with the context they were entered in.
+"""
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tokenizers import Tokenizer
+
+from benchmarks.engine import server
+from benchmarks.peer_files import HERE, Peers
+from client.zmq_client import Client
+from shared.messages import Status, Token
+
+KV_MEMORY = "256M"
+SILENCE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, and the tokens that a model's tokenizer makes of it."""
+
+    text: str
+    ids: list[int]
+
+
+class Prompts:
+    """Prompts of any length in tokens, each of them new: no cache may know how it begins."""
+
+    def __init__(self, model: Path, seed: int = 0) -> None:
+        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self._random = random.Random(seed)
+        length = len(self._encode("x"))
+        words = {
+            self._tokenizer.decode([self._random.randrange(self._tokenizer.get_vocab_size())])
+            for _ in range(4_000)
+        }
+        self._words = sorted(
+            word
+            for word in words
+            if word.isalpha() and len(self._encode(f"x {word}")) == length + 1
+        )
+
+    def of(self, text: str) -> Prompt:
+        """A given text."""
+        return Prompt(text, self._encode(text))
+
+    def make(self, tokens: int) -> Prompt:
+        """Random words, `tokens` tokens of them with what the tokenizer adds."""
+        count = tokens
+        while True:
+            prompt = self.of(" ".join(self._random.choices(self._words, k=count)))
+            if len(prompt.ids) == tokens:
+                return prompt
+            count = max(1, count + tokens - len(prompt.ids))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one request to generate brought."""
+
+    tokens_per_s: float
+    ids: list[int]
+    """Of the first stream, from the first new token on."""
+
+
+class TpserveServer(AbstractContextManager["TpserveServer"]):
+    """A running server and a client of it: every number is one that a user sees."""
+
+    def __init__(self, model: Path, workers: int, threads: int, dtype: str) -> None:
+        flags = ["--workers", str(workers), "--threads-per-worker", str(threads)]
+        flags += ["--dtype", dtype, "--kv-memory", KV_MEMORY]
+        with ExitStack() as stack:
+            address = stack.enter_context(server(model, flags))
+            self._client = stack.enter_context(Client(address, silence_s=SILENCE_S))
+            self.status: Status = self._client.status()
+            self._running = stack.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def decode(self, prompt: Prompt, streams: int, tokens: int) -> Run:
+        """Continue `prompt`; timed from sending all requests to the end of the last one.
+
+        The prompt but for its last tokens is put into the prefix cache first, so that the first new
+        token of each stream costs what the others do.
+        """
+        self._client.story(prompt.text, temperature=0, max_tokens=1, ignore_eos=True).result()
+        began = time.perf_counter()
+        running = [
+            self._client.story(prompt.text, temperature=0, max_tokens=tokens, ignore_eos=True)
+            for _ in range(streams)
+        ]
+        answers = [stream.result() for stream in running]
+        seconds = time.perf_counter() - began
+        self._expect_length(prompt, answers[0].usage.prompt_tokens)
+        generated = sum(answer.usage.completion_tokens for answer in answers)
+        return Run(generated / seconds, answers[0].choices[0].token_ids)
+
+    def prefill(self, prompt: Prompt) -> float:
+        """Tokens per second from sending the request to the arrival of its first new token."""
+        began = time.perf_counter()
+        stream = self._client.story(prompt.text, temperature=0, max_tokens=1, ignore_eos=True)
+        seconds = 0.0
+        for event in stream.events():
+            if isinstance(event, Token):
+                seconds = time.perf_counter() - began
+                break
+        usage = stream.result().usage
+        self._expect_length(prompt, usage.prompt_tokens)
+        return usage.prompt_tokens / seconds
+
+    @staticmethod
+    def _expect_length(prompt: Prompt, tokens: int) -> None:
+        if tokens != len(prompt.ids):
+            raise SystemExit(f"tpserve saw {tokens} prompt tokens, not {len(prompt.ids)}")
+
+
+class _PeerAnswer(TypedDict):
+    seconds: float
+    tokens: int
+    ids: list[int]
+
+
+class PeerProcess(AbstractContextManager["PeerProcess"]):
+    """One of the peers' scripts: a JSON object on a line asks, another one answers."""
+
+    def __init__(self, peers: Peers, script: str, *arguments: str) -> None:
+        self._process = _lines([str(peers.python), str(HERE / script), *arguments])
+        self.description: str = self._read()["ready"]
+
+    def __exit__(self, *_: object) -> None:
+        _end(self._process)
+
+    def decode(self, prompt: Prompt, streams: int, tokens: int) -> Run:
+        """Continue `prompt`; the time of reading it does not count."""
+        return self._ask(do="decode", prompt=prompt.ids, streams=streams, tokens=tokens)
+
+    def generate(self, prompt: Prompt, tokens: int) -> Run:
+        """The same in one stream, through llama.cpp's Python binding."""
+        return self._ask(do="generate", prompt=prompt.ids, tokens=tokens)
+
+    def prefill(self, prompt: Prompt) -> float:
+        """Tokens per second while `prompt` is read, up to the first new token."""
+        return self._ask(do="prefill", prompt=prompt.ids).tokens_per_s
+
+    def _ask(self, **request: object) -> Run:
+        _write(self._process, json.dumps(request))
+        answer: _PeerAnswer = self._read()
+        return Run(answer["tokens"] / answer["seconds"], answer["ids"])
+
+    def _read(self) -> Any:
+        return json.loads(_read(self._process))
+
+
+def llama_cpp(
+    peers: Peers, model: Path, threads: int, streams: int = 1, context: int = 256
+) -> PeerProcess:
+    """llama.cpp with a GGUF file."""
+    sizes = ["--threads", str(threads), "--streams", str(streams), "--context", str(context)]
+    return PeerProcess(peers, "peer_llama_cpp.py", "serve", str(model), *sizes)
+
+
+def openvino(peers: Peers, model: Path, threads: int) -> PeerProcess:
+    """OpenVINO GenAI with a converted model."""
+    return PeerProcess(peers, "peer_openvino.py", str(model), "--threads", str(threads))
+
+
+class MemoryReaders(AbstractContextManager["MemoryReaders"]):
+    """Processes of memory_speed.cpp, which read more memory than any cache holds."""
+
+    MEBIBYTES = 512
+    SECONDS = 0.3
+    TURNS = 3
+
+    def __init__(self, program: Path, count: int) -> None:
+        self._processes = [_lines([str(program), str(self.MEBIBYTES)]) for _ in range(count)]
+        for process in self._processes:
+            _read(process)
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            _end(process)
+
+    def read(self, readers: int) -> float:
+        """Bytes per second of the first `readers` processes together; the best of some turns."""
+        return max(self._turn(self._processes[:readers]) for _ in range(self.TURNS))
+
+    def _turn(self, processes: Sequence[subprocess.Popen[str]]) -> float:
+        for process in processes:
+            _write(process, str(self.SECONDS))
+        return sum(float(_read(process)) for process in processes)
+
+
+def _lines(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _write(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def _read(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{process.args!r} ended with exit code {process.wait()}")
+    return line
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End of input is what all of them end at."""
+    process.communicate()

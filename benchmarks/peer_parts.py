@@ -1,0 +1,235 @@
+"""The parts of peers.py: who competes in what, how much of it, and the ratios that matter."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import peer_files
+from benchmarks.contestants import (
+    MemoryReaders,
+    PeerProcess,
+    Prompt,
+    Prompts,
+    TpserveServer,
+    llama_cpp,
+    openvino,
+)
+from benchmarks.interleaved import Part, Ratio, Samples, interleave
+from benchmarks.peer_files import Peers
+from shared.model_config import read_model_config
+
+CORES = 2
+"""What every side may use in decode and batch: threads of a peer, workers x threads of tpserve."""
+PROMPT_TOKENS = 17
+"""One more than a KV block: of a prompt seen before, one token is left to compute."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How both sides of a comparison store weights."""
+
+    gguf: str
+    layer_bytes: float
+    """Of tpserve, per weight, scales included."""
+    head_bytes: float
+    tokens: int
+    """In a sample; about as many seconds in every precision."""
+    goal: float
+    """Times the peer's speed."""
+
+    def bytes_per_step(self, model: Path) -> float:
+        """Weights that a step of one token reads; of the embedding it is a single row."""
+        config = read_model_config(model)
+        head = config.hidden_size * config.vocab_size
+        layers = config.parameters - head * (1 if config.tie_word_embeddings else 2)
+        return layers * self.layer_bytes + head * self.head_bytes
+
+
+# int8 and int4 come in groups of 32 with a scale of 16 bits; beside int4 the head is in int8.
+PRECISIONS: Mapping[str, Precision] = {
+    "int4": Precision("q4_0", 0.5625, 1.0625, tokens=64, goal=1.5),
+    "int8": Precision("q8_0", 1.0625, 1.0625, tokens=48, goal=1.35),
+    "bf16": Precision("bf16", 2, 2, tokens=32, goal=1.15),
+}
+READING_GOAL = 0.85
+SCALING_GOAL = 1.85
+
+BATCH_GOALS: Mapping[int, float] = {8: 100, 32: 240}
+PREFILL_GOALS: Mapping[int, float] = {128: 280, 512: 280}
+"""By streams and by prompt tokens: tokens per second on the machine that the goals were set for."""
+BATCH_TOKENS = 48
+"""Of each stream in a sample."""
+LLAMA_CPP_BATCH_TOKENS = 12
+"""With as many as the others it would take most of the time."""
+LLAMA_CPP_CONTEXT = 576
+"""For the longest prompt."""
+
+STORY_PROMPT = "Once upon a time"
+STORY_TOKENS = 200
+STORY_STREAMS = 32
+STORY_GOAL = 8.0
+"""Times the speed of one stream."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the parts have in common."""
+
+    peers: Peers
+    model: Path
+    story: Path
+    memory_speed: Path | None
+    """The compiled program, where there is a compiler."""
+    rounds: int
+    dtypes: tuple[str, ...]
+
+
+def decode(bench: Bench) -> Iterator[Part]:
+    """Batch 1, for each precision: the peer, one worker and two, threads, and memory."""
+    for dtype in bench.dtypes:
+        yield _decode(bench, dtype, PRECISIONS[dtype])
+
+
+def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
+    prompt = Prompts(bench.model).make(PROMPT_TOKENS)
+    two = f"tpserve {dtype}, {CORES} workers x 1 thread"
+    one = f"tpserve {dtype}, 1 worker x 1 thread"
+    threaded = f"tpserve {dtype}, 1 worker x {CORES} threads"
+    peer = f"llama.cpp {precision.gguf.upper()}, {CORES} threads"
+    one_reader = "reading the weights and no more, 1 process"
+    readers = f"reading the weights and no more, {CORES} processes"
+    contenders: dict[str, Callable[[], float]] = {}
+    with ExitStack() as stack:
+        for name, workers, threads in ((two, CORES, 1), (one, 1, 1), (threaded, 1, CORES)):
+            server = stack.enter_context(TpserveServer(bench.model, workers, threads, dtype))
+            contenders[name] = _decoding(server, prompt, 1, precision.tokens)
+        if bench.peers.llama_cpp:
+            file = peer_files.gguf(bench.peers, bench.model, precision.gguf)
+            engine = stack.enter_context(llama_cpp(bench.peers, file, CORES))
+            contenders[peer] = _decoding(engine, prompt, 1, precision.tokens)
+        if bench.memory_speed is not None:
+            memory = stack.enter_context(MemoryReaders(bench.memory_speed, CORES))
+            step = precision.bytes_per_step(bench.model)
+            contenders[one_reader] = lambda: memory.read(1) / step
+            contenders[readers] = lambda: memory.read(CORES) / step
+        samples = interleave(contenders, bench.rounds)
+    return Part(
+        title=f"Decode, batch 1, {dtype}",
+        unit="tokens/s",
+        samples=samples,
+        ratios=[
+            Ratio(two, peer, precision.goal),
+            Ratio(two, readers, READING_GOAL),
+            Ratio(two, one, SCALING_GOAL),
+            Ratio(two, threaded, 1),
+            Ratio(one, one_reader),
+        ],
+        notes=[f"tpserve reads {precision.bytes_per_step(bench.model) / 1e6:,.0f} MB a step."],
+    )
+
+
+def batch(bench: Bench) -> Iterator[Part]:
+    """int8 with many streams, and prompts."""
+    prompts = Prompts(bench.model)
+    prompt = prompts.make(PROMPT_TOKENS)
+    with ExitStack() as stack:
+        server = stack.enter_context(TpserveServer(bench.model, CORES, 1, "int8"))
+        engines: list[tuple[str, TpserveServer | PeerProcess, int]] = [
+            (f"tpserve int8, {CORES} workers x 1 thread", server, BATCH_TOKENS)
+        ]
+        if bench.peers.openvino:
+            folder = peer_files.openvino(bench.peers, bench.model)
+            pipeline = stack.enter_context(openvino(bench.peers, folder, CORES))
+            engines.append((f"OpenVINO GenAI int8, {CORES} threads", pipeline, BATCH_TOKENS))
+        if bench.peers.llama_cpp:
+            file = peer_files.gguf(bench.peers, bench.model, "q8_0")
+            engine = stack.enter_context(
+                llama_cpp(bench.peers, file, CORES, max(BATCH_GOALS), LLAMA_CPP_CONTEXT)
+            )
+            engines.append((f"llama.cpp Q8_0, {CORES} threads", engine, LLAMA_CPP_BATCH_TOKENS))
+        ours = engines[0][0]
+        for streams, goal in BATCH_GOALS.items():
+            samples = interleave(
+                {name: _decoding(who, prompt, streams, count) for name, who, count in engines},
+                bench.rounds,
+            )
+            yield _batch_part(f"Decode, int8, batch {streams}", samples, ours, goal)
+        for tokens, goal in PREFILL_GOALS.items():
+            samples = interleave(
+                {name: _prefilling(who, prompts, tokens) for name, who, _ in engines},
+                bench.rounds,
+            )
+            yield _batch_part(f"Prefill, int8, {tokens} tokens", samples, ours, goal)
+
+
+def _batch_part(title: str, samples: Samples, ours: str, goal: float) -> Part:
+    peers = [name for name in samples if name != ours]
+    return Part(title, "tokens/s", samples, [Ratio(ours, peer) for peer in peers], {ours: goal})
+
+
+def story(bench: Bench) -> Iterator[Part]:
+    """fp32 of a model so small that fixed costs decide."""
+    prompt = Prompts(bench.story).of(STORY_PROMPT)
+    one, many = (f"tpserve, 1 worker x 1 thread, {count} stream(s)" for count in (1, STORY_STREAMS))
+    contenders: dict[str, Callable[[], float]] = {}
+    ratios = [Ratio(many, one, STORY_GOAL)]
+    notes = []
+    with ExitStack() as stack:
+        server = stack.enter_context(TpserveServer(bench.story, 1, 1, "fp32"))
+        contenders[one] = _decoding(server, prompt, 1, STORY_TOKENS)
+        contenders[many] = _decoding(server, prompt, STORY_STREAMS, STORY_TOKENS)
+        if bench.peers.llama_cpp:
+            file = peer_files.gguf(bench.peers, bench.story, "f32")
+            context = len(prompt.ids) + STORY_TOKENS + 1
+            for threads in range(1, CORES + 1):
+                engine = stack.enter_context(
+                    llama_cpp(bench.peers, file, threads, STORY_STREAMS, context)
+                )
+                name = f"llama.cpp F32, {threads} thread(s)"
+                contenders[f"{name}, Python binding"] = _generating(engine, prompt)
+                contenders[name] = _decoding(engine, prompt, 1, STORY_TOKENS)
+                batched = f"{name}, {STORY_STREAMS} streams"
+                contenders[batched] = _decoding(engine, prompt, STORY_STREAMS, STORY_TOKENS)
+                ratios += [
+                    Ratio(one, f"{name}, Python binding", 1 if threads == 1 else None),
+                    Ratio(one, name),
+                    Ratio(many, batched),
+                ]
+            notes.append(_agreement(server, engine, prompt))
+        samples = interleave(contenders, bench.rounds)
+    yield Part("Story model, fp32", "tokens/s", samples, ratios, notes=notes)
+
+
+def _agreement(server: TpserveServer, peer: PeerProcess, prompt: Prompt) -> str:
+    """Whether both compute the same: the text that they agree on."""
+    ours = server.decode(prompt, 1, STORY_TOKENS).ids
+    theirs = peer.decode(prompt, 1, STORY_TOKENS).ids
+    pairs = list(zip(ours, theirs, strict=False))
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return (
+        f"Greedy text of tpserve and llama.cpp: the first {same} of {len(pairs)} tokens are equal."
+    )
+
+
+def _decoding(
+    contestant: TpserveServer | PeerProcess, prompt: Prompt, streams: int, tokens: int
+) -> Callable[[], float]:
+    return lambda: contestant.decode(prompt, streams, tokens).tokens_per_s
+
+
+def _prefilling(
+    contestant: TpserveServer | PeerProcess, prompts: Prompts, tokens: int
+) -> Callable[[], float]:
+    return lambda: contestant.prefill(prompts.make(tokens))
+
+
+def _generating(peer: PeerProcess, prompt: Prompt) -> Callable[[], float]:
+    return lambda: peer.generate(prompt, STORY_TOKENS).tokens_per_s
+
+
+PARTS: Mapping[str, Callable[[Bench], Iterator[Part]]] = {
+    "decode": decode,
+    "batch": batch,
+    "story": story,
+}

@@ -1,0 +1,169 @@
+"""tpserve beside llama.cpp and OpenVINO GenAI, in turns on the same machine.
+
+    python benchmarks/peers.py --prepare    # once: installs and compiles the peers, converts models
+    python benchmarks/peers.py [--only decode,batch,story] [--dtypes int4,int8,bf16] [--rounds 5]
+
+Every number of tpserve is one that a client of a running server sees; every number of a peer comes
+from a process of its own (peer_llama_cpp.py, peer_openvino.py) with as many threads as tpserve has.
+All that is compared takes turns. Prints Markdown; --json keeps every sample.
+
+    decode    batch 1 in each precision: against llama.cpp, one worker against two, and against
+              reading as many bytes as a step has weights without computing anything
+    batch     int8: 8 and 32 streams, prompts of 128 and 512 tokens
+    story     a model so small that fixed costs decide: one stream and 32
+
+What llama.cpp does in a plain loop over its C interface is what its bindings and its server can do
+at best, so decode and batch compare with that; story has its Python binding too.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks import peer_files  # noqa: E402 - runnable without being installed
+from benchmarks.interleaved import Part  # noqa: E402
+from benchmarks.peer_files import REFERENCE, Peers, PrepareError  # noqa: E402
+from benchmarks.peer_parts import PARTS, PRECISIONS, Bench  # noqa: E402
+from worker.native.toolchain import find_compiler  # noqa: E402
+
+PRESET = "tinyllama-1.1b"
+
+
+class Fact(NamedTuple):
+    """A line of the header."""
+
+    name: str
+    value: str
+
+
+def describe_machine() -> list[Fact]:
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return [
+        Fact("CPU", cpu),
+        Fact("cores", str(len(os.sched_getaffinity(0)))),
+        Fact("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"),
+        Fact("kernel", platform.release()),
+        Fact("load before (1, 5, 15 minutes)", load),
+    ]
+
+
+def describe_peers(peers: Peers) -> list[Fact]:
+    """Which versions, and who is missing."""
+    found = {"llama.cpp": peers.llama_cpp, "OpenVINO GenAI": peers.openvino}
+    return [Fact(name, version or "not installed: left out") for name, version in found.items()]
+
+
+def compile_memory_speed(folder: Path) -> Path | None:
+    """The program that reads memory, for this machine."""
+    compiler = find_compiler(os.uname().machine)
+    if compiler is None:
+        print("no C++ compiler: nothing is compared with reading memory", file=sys.stderr)
+        return None
+    program = folder / "memory_speed"
+    source = Path(__file__).with_name("memory_speed.cpp")
+    flags = ["-std=c++17", "-O3", "-march=native"]
+    subprocess.run([*compiler.command, *flags, source, "-o", program], check=True)
+    return program
+
+
+def prepare(model: Path | None, story: Path, dtypes: tuple[str, ...]) -> None:
+    """Make everything that `measure` needs, as far as it is missing."""
+    peer_files.prepare_environment()
+    peers = peer_files.find_peers()
+    model = model or peer_files.random_checkpoint(PRESET)
+    if peers.llama_cpp:
+        peer_files.gguf(peers, story, "f32")
+        for dtype in dtypes:
+            peer_files.gguf(peers, model, PRECISIONS[dtype].gguf)
+    if peers.openvino:
+        peer_files.openvino(peers, model)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All parts that are wanted; each is printed as soon as it is there."""
+    began = time.monotonic()
+    peers = peer_files.find_peers()
+    model = options.model or peer_files.random_checkpoint(PRESET)
+    facts = [*describe_machine(), *describe_peers(peers), Fact("model", model.name)]
+    print("\n".join(f"- {fact.name}: {fact.value}" for fact in facts), flush=True)
+    parts: list[Part] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(
+            peers=peers,
+            model=model,
+            story=options.story,
+            memory_speed=compile_memory_speed(Path(folder)),
+            rounds=options.rounds,
+            dtypes=options.dtypes,
+        )
+        for name in options.only:
+            for part in PARTS[name](bench):
+                print(f"\n{part.as_markdown()}", flush=True)
+                parts.append(part)
+    print(f"\n{options.rounds} rounds, {(time.monotonic() - began) / 60:.1f} minutes.")
+    if options.json:
+        report = {"facts": dict(facts), "parts": [part.as_json() for part in parts]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _names(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Names by comma. Raises ValueError, of which argparse makes a message."""
+    names = tuple(text.split(","))
+    if not set(names) <= set(known):
+        raise ValueError
+    return names
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return _names(text, PARTS)
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    return _names(text, PRECISIONS)
+
+
+def main() -> None:
+    """Prepare or measure."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prepare", action="store_true", help="install and convert, then exit")
+    parser.add_argument(
+        "--only", type=_parts, default=tuple(PARTS), help=f"of {','.join(PARTS)}, by comma"
+    )
+    parser.add_argument(
+        "--dtypes", type=_dtypes, default=tuple(PRECISIONS), help="of decode, by comma"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", type=Path, help=f"a checkpoint (random, {PRESET}'s shape)")
+    parser.add_argument("--story", type=Path, default=REFERENCE / "models" / "story")
+    parser.add_argument("--json", type=Path, help="a file for all samples")
+    options = parser.parse_args()
+    try:
+        if options.prepare:
+            prepare(options.model, options.story, options.dtypes)
+        else:
+            measure(options)
+    except PrepareError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
