@@ -1,5 +1,6 @@
 """The parts of peers.py: who competes in what, how much of it, and the ratios that matter."""
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ LLAMA_CPP_CONTEXT = 576
 STORY_PROMPT = "Once upon a time"
 STORY_TOKENS = 200
 STORY_STREAMS = 32
+STORY_RUNS = 5
+"""In a sample; one takes less than a tenth of a second."""
 STORY_GOAL = 8.0
 """Times the speed of one stream."""
 
@@ -177,7 +180,7 @@ def story(bench: Bench) -> Iterator[Part]:
     notes = []
     with ExitStack() as stack:
         server = stack.enter_context(TpserveServer(bench.story, 1, 1, "fp32"))
-        contenders[one] = _decoding(server, prompt, 1, STORY_TOKENS)
+        contenders[one] = _repeated(_decoding(server, prompt, 1, STORY_TOKENS))
         contenders[many] = _decoding(server, prompt, STORY_STREAMS, STORY_TOKENS)
         if bench.peers.llama_cpp:
             file = peer_files.gguf(bench.peers, bench.story, "f32")
@@ -187,8 +190,8 @@ def story(bench: Bench) -> Iterator[Part]:
                     llama_cpp(bench.peers, file, threads, STORY_STREAMS, context)
                 )
                 name = f"llama.cpp F32, {threads} thread(s)"
-                contenders[f"{name}, Python binding"] = _generating(engine, prompt)
-                contenders[name] = _decoding(engine, prompt, 1, STORY_TOKENS)
+                contenders[f"{name}, Python binding"] = _repeated(_generating(engine, prompt))
+                contenders[name] = _repeated(_decoding(engine, prompt, 1, STORY_TOKENS))
                 batched = f"{name}, {STORY_STREAMS} streams"
                 contenders[batched] = _decoding(engine, prompt, STORY_STREAMS, STORY_TOKENS)
                 ratios += [
@@ -226,6 +229,11 @@ def _prefilling(
 
 def _generating(peer: PeerProcess, prompt: Prompt) -> Callable[[], float]:
     return lambda: peer.generate(prompt, STORY_TOKENS).tokens_per_s
+
+
+def _repeated(rate: Callable[[], float]) -> Callable[[], float]:
+    """The rate of some runs of equal length together."""
+    return lambda: statistics.harmonic_mean([rate() for _ in range(STORY_RUNS)])
 
 
 PARTS: Mapping[str, Callable[[Bench], Iterator[Part]]] = {

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,11 +125,11 @@ def measure(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _names(text: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Names by comma. Raises ValueError, of which argparse makes a message."""
+def _names(text: str, known: Collection[str]) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if not set(names) <= set(known):
-        raise ValueError
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
     return names
 
 

@@ -194,7 +194,7 @@ class Model:
         """On one rank, ready for steps."""
         library = native_library()
         assert library is not None
-        runner = Runner(comm, owned, VIRTUAL_SHARDS, Pool(library, threads, crowded=True))
+        runner = Runner(comm, owned, VIRTUAL_SHARDS, Pool(library, threads, crowded=True, from_bytes=0))
         runner.load(
             LoadModel(
                 model="m",

@@ -179,8 +179,8 @@ TPS_API void tps_gumbel_best(const float* logits, size_t stride, int32_t rows, i
 
 // --- programs -------------------------------------------------------------------------------------
 
-TPS_API Program* tps_program_new(Pool* pool, Collective* collective) {
-    return make<Program>(*kernels(), *pool, collective);
+TPS_API Program* tps_program_new(Pool* pool, int32_t alone, Collective* collective) {
+    return make<Program>(*kernels(), *pool, alone != 0, collective);
 }
 TPS_API void tps_program_free(Program* program) { delete program; }
 

@@ -22,6 +22,9 @@ GROUP = 32
 ROW_BLOCK = 16
 """Consecutive outputs of a weight that are kept together; outputs are filled up to whole blocks."""
 MAX_HEAD_DIM = 256
+WEIGHTS_FOR_THREADS = 16 << 20
+"""Bytes. A smaller model's step takes less than a millisecond, which one thread does best: two gain
+little, and lose much when the coordinator takes the core of one of them."""
 
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TORCH_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -50,7 +53,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         None,
         (_POINTER, ctypes.c_size_t, _INT, _INT, _POINTER, _POINTER, ctypes.c_uint64, _POINTER),
     ),
-    "tps_program_new": (_POINTER, (_POINTER, _POINTER)),
+    "tps_program_new": (_POINTER, (_POINTER, _INT, _POINTER)),
     "tps_program_free": (None, (_POINTER,)),
     "tps_program_add_buffer": (_INT, (_POINTER, _INT)),
     "tps_program_add_activations": (_INT, (_POINTER, _INT, _INT)),
@@ -116,12 +119,19 @@ def groups_of(columns: int) -> int:
 class Pool:
     """The threads of this worker."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int, *, crowded: bool) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        threads: int,
+        *,
+        crowded: bool,
+        from_bytes: int = WEIGHTS_FOR_THREADS,
+    ) -> None:
         """`crowded`: with other workers', more threads compute on this host than it has cores.
 
-        Who waits then gives way sooner.
+        Who waits then gives way sooner. Models with less than `from_bytes` of weights use one thread.
         """
-        self.library = library
+        self.library, self.from_bytes = library, from_bytes
         self.handle = made(library.tps_pool_new(threads, crowded))
         weakref.finalize(self, library.tps_pool_free, self.handle)
 

@@ -15,7 +15,7 @@ namespace tps {
 class Pool {
   public:
     // `crowded`: this machine has fewer cores than threads that compute; waiting threads give way.
-    Pool(int threads, bool crowded) : size_(threads), spins_(crowded ? 8 : 4000) {
+    Pool(int threads, bool crowded) : size_(threads), spins_(crowded ? 8 : 1000) {
         for (int thread = 1; thread < threads; ++thread)
             threads_.emplace_back([this, thread] { work(thread); });
     }

@@ -24,7 +24,7 @@ void quantize_part(Program& program, Buffer buffer, int tokens, int thread) {
     if (offset == 0 || tokens == 0) return;
     const Activations a = program.activations(buffer, tokens);
     const Tiling tiling(tokens, program.kernels().tile_tokens);
-    const Part part(tokens * a.groups, thread, program.pool().size());
+    const Part part(tokens * a.groups, thread, program.threads());
     for (int i = part.begin; i < part.end;) {
         const int token = i / a.groups, group = i % a.groups;
         const int end = std::min(a.groups, group + part.end - i);
@@ -107,7 +107,7 @@ void Program::reserve(int tokens) {
         if (buffer.weight_offset) buffer.quantized = Memory(numbers + numbers / kGroup * 8 + 64);
     }
     scratch_.clear();
-    for (int thread = 0; thread < pool_.size(); ++thread)
+    for (int thread = 0; thread < threads_; ++thread)
         scratch_.push_back(std::make_unique<float[]>(scratch_floats_));
 }
 
@@ -136,24 +136,28 @@ int Program::run(const Step& step, int first) {
     reserve(std::max(step.tokens, 1));
     lost_ = -1;
     int stopped = kDone;
-    pool_.run([&](int thread) {
+    const std::function<void(int)> operations = [&](int thread) {
         for (size_t i = first; i < ops_.size(); ++i) {
             ops_[i]->run(*this, step, thread);
             // Read before the barrier, behind which thread 0 may already be in the next exchange.
             const bool lost = lost_ >= 0;
-            pool_.barrier();
+            barrier();
             if (lost) return;
             if (ops_[i]->stops()) {
                 if (thread == 0) stopped = int(i) + 1;
                 return;
             }
         }
-    });
+    };
+    if (threads_ == 1)
+        operations(0);
+    else
+        pool_.run(operations);
     return lost_ >= 0 ? -2 - lost_ : stopped;
 }
 
 void Embed::run(Program& program, const Step& step, int thread) {
-    const Part part(step.tokens, thread, program.pool().size());
+    const Part part(step.tokens, thread, program.threads());
     for (int t = part.begin; t < part.end; ++t)
         program.kernels().embed(table, format, step.ids[t], size,
                                 program.floats(into) + size_t(t) * program.width(into));
@@ -163,10 +167,10 @@ void AddNorm::run(Program& program, const Step& step, int thread) {
     Collective* collective = program.collective();
     if (exchanged) {
         if (thread == 0) program.exchange();
-        program.pool().barrier();
+        program.barrier();
     }
     const int count = of_logits ? step.logit_count : step.tokens;
-    const Part part(count, thread, program.pool().size());
+    const Part part(count, thread, program.threads());
     const Activations normed = program.activations(out, count);
     const float* terms[kMaxRoots];
     for (int i = part.begin; i < part.end; ++i) {
@@ -204,12 +208,12 @@ void Linear::run(Program& program, const Step& step, int thread) {
             to.token_stride = step.logit_stride;
             break;
     }
-    const Part part(weight->row_blocks, thread, program.pool().size());
+    const Part part(weight->row_blocks, thread, program.threads());
     program.kernels().linear(*weight, program.activations(in, tokens), to, part.begin, part.end);
 }
 
 void Best::run(Program& program, const Step& step, int thread) {
-    const Part part(step.logit_count, thread, program.pool().size());
+    const Part part(step.logit_count, thread, program.threads());
     for (int row = part.begin; row < part.end; ++row)
         program.kernels().best(step.logits + row * step.logit_stride, columns, step.best + 2 * row);
 }
@@ -218,7 +222,7 @@ void RopeStore::run(Program& program, const Step& step, int thread) {
     const Kernels& kernels = program.kernels();
     const int d = kv->head_dim, kv_heads = kv->kv_heads;
     int sequence = 0;
-    const Part part(step.tokens, thread, program.pool().size());
+    const Part part(step.tokens, thread, program.threads());
     for (int t = part.begin; t < part.end; ++t) {
         while (t >= step.sequences[sequence].first + step.sequences[sequence].count) ++sequence;
         const int position = step.positions[t];
@@ -235,7 +239,7 @@ void RopeStore::run(Program& program, const Step& step, int thread) {
 }
 
 void Attend::run(Program& program, const Step& step, int thread) {
-    const int threads = program.pool().size(), d = kv->head_dim;
+    const int threads = program.threads(), d = kv->head_dim;
     AttentionArgs args{};
     args.qkv = program.floats(qkv);
     args.token_stride = program.width(qkv);
@@ -253,11 +257,11 @@ void Attend::run(Program& program, const Step& step, int thread) {
         const Part part(step.tokens, thread, threads);
         memset(args.out + part.begin * args.out_stride, 0,
                (part.end - part.begin) * args.out_stride * sizeof(float));
-        program.pool().barrier();
+        program.barrier();
     }
     program.kernels().attention(*kv, args, thread, threads);
     if (program.weight_offset(out)) {
-        program.pool().barrier();
+        program.barrier();
         quantize_part(program, out, step.tokens, thread);
     }
 }
@@ -267,7 +271,7 @@ void SwiGLU::run(Program& program, const Step& step, int thread) {
     const int offset = program.weight_offset(out), groups = int(width) / kGroup;
     const Activations a = program.activations(out, step.tokens);
     const Tiling tiling(std::max(step.tokens, 1), program.kernels().tile_tokens);
-    const Part part(step.tokens * groups, thread, program.pool().size());
+    const Part part(step.tokens * groups, thread, program.threads());
     for (int i = part.begin; i < part.end;) {
         const int token = i / groups, group = i % groups;
         const int end = std::min(groups, group + part.end - i);

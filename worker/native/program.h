@@ -47,8 +47,10 @@ class Program {
     static constexpr int kDone = -1;
 
     // `collective`: null if this rank is alone, or if the host does the collectives.
-    Program(const Kernels& kernels, Pool& pool, Collective* collective)
-        : kernels_(kernels), pool_(pool), collective_(collective) {}
+    // `alone`: the calling thread does everything, as the model is so small that threads would hardly
+    // have met before a step is over.
+    Program(const Kernels& kernels, Pool& pool, bool alone, Collective* collective)
+        : kernels_(kernels), pool_(pool), threads_(alone ? 1 : pool.size()), collective_(collective) {}
 
     // Floats [tokens][floats].
     Buffer add_buffer(int floats);
@@ -75,7 +77,11 @@ class Program {
     void need_scratch(size_t floats) { scratch_floats_ = floats > scratch_floats_ ? floats : scratch_floats_; }
 
     const Kernels& kernels() const { return kernels_; }
-    Pool& pool() const { return pool_; }
+    int threads() const { return threads_; }
+    // Within an operation: returns when all threads have come here.
+    void barrier() {
+        if (threads_ > 1) pool_.barrier();
+    }
     Collective* collective() const { return collective_; }
     double comm_seconds() const { return comm_seconds_; }
     // By thread 0.
@@ -90,6 +96,7 @@ class Program {
 
     const Kernels& kernels_;
     Pool& pool_;
+    const int threads_;
     Collective* const collective_;
     std::vector<Storage> buffers_;
     std::vector<std::unique_ptr<Op>> ops_;

@@ -214,7 +214,8 @@ class NativeOps:
                 f"the partial sums of {tokens} tokens do not fit into the shared memory of"
                 f" {self._comm.buffer_bytes} bytes; --max-batched-tokens can be {most} at most"
             )
-        self._program = made(library.tps_program_new(self._pool.handle, self._comm.native))
+        alone = self.weight_bytes < self._pool.from_bytes
+        self._program = made(library.tps_program_new(self._pool.handle, alone, self._comm.native))
         weakref.finalize(self, library.tps_program_free, self._program)
         self._buffers = self._recorder.make(self._program)
 
