@@ -47,6 +47,7 @@ class _Connection(ABC, Generic[S]):
             raise
         # ZeroMQ reconnects in silence, but the server forgets our jobs with the connection.
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._plain_socket, self._plain_monitor = _plain(self._socket), _plain(self._monitor)
         self.exchange = Exchange(self._send, address, timeout_s, silence_s)
 
     @property
@@ -62,11 +63,10 @@ class _Connection(ABC, Generic[S]):
     def _take_in(self) -> Set[str]:
         """Hand over what has arrived, without waiting; ids of requests that have an event now."""
         # The monitor comes first: then what the server said before it left is among the frames.
-        disconnected = bool(_plain(self._monitor).poll(0))
+        disconnected = _readable(self._plain_monitor)
         frames = []
-        socket = _plain(self._socket)
-        while socket.poll(0):
-            frames.append(socket.recv(zmq.NOBLOCK))
+        while _readable(self._plain_socket):
+            frames.append(self._plain_socket.recv(zmq.NOBLOCK))
         fresh = self.exchange.take_in(frames, disconnected)
         if self.exchange.lost:
             self._close_sockets(linger_ms=0)
@@ -90,14 +90,14 @@ class Connection(_Connection[zmq.SyncSocket]):
 
     def __init__(self, address: str, timeout_s: float, silence_s: float) -> None:
         super().__init__(zmq.Context(), address, timeout_s, silence_s)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
 
     def next_event(self, request_id: str) -> Event:
         """Wait for the next event of an open request. Raises ConnectionLostError."""
         while (event := self.exchange.next_event(request_id)) is None:
-            poller = zmq.Poller()
-            poller.register(self._socket, zmq.POLLIN)
-            poller.register(self._monitor, zmq.POLLIN)
-            poller.poll(_milliseconds(self.exchange.patience_s))
+            self._poller.poll(_milliseconds(self.exchange.patience_s))
             self._take_in()
         return event
 
@@ -179,6 +179,10 @@ class AsyncConnection(_Connection[zmq.asyncio.Socket]):
 def _plain(socket: zmq.Socket[Any]) -> zmq.SyncSocket:
     """A blocking view of any socket."""
     return zmq.Socket.shadow(socket.underlying)
+
+
+def _readable(socket: zmq.SyncSocket) -> bool:
+    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _milliseconds(seconds: float) -> int:

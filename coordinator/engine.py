@@ -75,12 +75,16 @@ class Engine:
         totals, clock = self.metrics.totals, time.perf_counter
         resting = clock()
         while not self._stop_requested:
-            self._poller.poll(_TICK_MS)
+            readable = dict(self._poller.poll(_TICK_MS))
             woken = clock()
-            self._take_results()
-            self._take_wakeups()
-            self._desk.take_prepared()
-            self._answer(self._desk.take_requests())
+            if self.cluster.socket in readable:
+                self._take_results()
+            self._notice_silence()
+            if self._watch.fileno() in readable:
+                self._take_wakeups()
+                self._desk.take_prepared()
+            if self._frontend.socket in readable:
+                self._answer(self._desk.take_requests())
             planning = clock()
             self._plan_ahead()  # before events are sent: the workers should not wait for them
             planned = clock()
@@ -157,6 +161,9 @@ class Engine:
                 self._commit(result)
             elif self.cluster.ready and not self._any_scheduler():
                 self._start_scheduling()
+
+    def _notice_silence(self) -> None:
+        """A worker that is there but answers nothing counts as lost."""
         oldest = self._sent[0].sent_at if self._sent else time.monotonic()
         silent_s = time.monotonic() - oldest
         if silent_s > self.settings.step_timeout * self.settings.pipeline_depth:

@@ -3,6 +3,7 @@
 Holds what outlives a step: the models, their KV memory and the last sampled token of each slot.
 """
 
+import ctypes
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,7 @@ class Runner:
         checkpoint = Checkpoint(folder)
         decoder = Decoder(checkpoint, placement, order.max_model_len)
         checkpoint.close()
+        _give_memory_back()
         token_ids = [[shards.vocab_rows(range(v, v + 1)) for v in owned] for owned in self._owned]
         rows = None if self._pool is None else NativeRows(self._pool.library)
         sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids, rows))
@@ -103,6 +105,13 @@ class Runner:
     def comm_seconds(self) -> float:
         """Time that models spent in collectives which the communicator did not see."""
         return sum(model.ops.comm_seconds for model in self._models.values())
+
+
+def _give_memory_back() -> None:
+    """Return to the system what reading and packing weights has freed; other C libraries do so anyway."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class TimedCommunicator:

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +72,10 @@ class Shape:
 
 
 def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> Path:
-    """A model with random weights, large enough that attention is far from even."""
+    """A model with random weights, large enough that attention is far from even.
+
+    The embedding of its last token is NaN; see Texts.
+    """
     generator = torch.Generator().manual_seed(5)
 
     def random(outputs: int, inputs: int) -> torch.Tensor:
@@ -102,6 +105,7 @@ def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.floa
             prefix + "mlp.up_proj.weight": random(shape.intermediate, shape.hidden),
             prefix + "mlp.down_proj.weight": random(shape.hidden, shape.intermediate),
         }
+    tensors["model.embed_tokens.weight"][-1] = torch.nan
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(shape.config()))
@@ -115,24 +119,22 @@ def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.floa
 class Piece:
     """In a step, tokens [start, stop) of a text; the logits of the last one are wanted.
 
-    `table`: which block table it uses, if not its own, and `shared`: how many of that table's first
-    blocks are those of the text's own table.
+    Each text has a block table of its own. `tables`: of whose table the first blocks are instead.
     """
 
     text: int
     start: int
     stop: int
-    table: int | None = None
-    shared: int = 0
+    tables: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Before the next step: block `index` of the text's own table to that place of another table."""
+    """Before the rest of the step: block `index` of table `source` to that place in `target`."""
 
-    text: int
+    source: int
+    target: int
     index: int
-    table: int
 
 
 Step = Sequence[Piece | Copy]
@@ -141,18 +143,35 @@ Logits = dict[tuple[int, int], Floats]
 """By (text, stop)."""
 
 
-@dataclass(frozen=True)
 class Texts:
-    """Random token ids; text i is the same whatever other texts there are."""
+    """Token ids; text i is the same whatever other texts there are: random, unless it is known.
 
-    vocab: int
-    known: dict[int, list[int]] = field(default_factory=dict, compare=False)
+    `spoiler`: a token that leaves NaN in the cache, if the model has one; it is in no text.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        known: Mapping[int, list[int]] | None = None,
+        *,
+        spoiler: int | None = None,
+    ) -> None:
+        self._vocab, self._known, self._spoiler = vocab, dict(known or {}), spoiler
 
     def __getitem__(self, text: int) -> list[int]:
-        if text not in self.known:
-            ids = np.random.default_rng([text, 7]).integers(0, self.vocab, MAX_TOKENS)
-            self.known[text] = ids.tolist()
-        return self.known[text]
+        if text not in self._known:
+            self._known[text] = self._random(text)
+        return self._known[text]
+
+    def spoilt(self, tokens: int) -> list[int]:
+        """What is to be in the cache before a text comes there."""
+        return self._random(-1)[:tokens] if self._spoiler is None else [self._spoiler] * tokens
+
+    def _random(self, seed: int) -> list[int]:
+        ids = np.random.default_rng([seed + 1, 7]).integers(0, self._vocab, MAX_TOKENS)
+        if self._spoiler is not None:
+            ids[ids == self._spoiler] = 0
+        return [int(i) for i in ids]
 
 
 class Tables:
@@ -163,14 +182,15 @@ class Tables:
         scrambled = np.random.default_rng(1).permutation(self.blocks).astype("<i4")
         self._own = scrambled.reshape(tables, BLOCKS_PER_TEXT)
 
-    def of(self, piece: Piece) -> bytes:
-        if piece.table is None:
-            return bytes(self._own[piece.text])
-        own, other = self._own[piece.text], self._own[piece.table]
-        return bytes(np.concatenate([own[: piece.shared], other[piece.shared :]]))
+    def of(self, text: int, tables: Sequence[int] = ()) -> bytes:
+        table = self._own[text].copy()
+        for index, other in enumerate(tables):
+            table[index] = self._own[other, index]
+        return bytes(table)
 
     def copied(self, copy: Copy) -> tuple[int, int]:
-        return int(self._own[copy.text, copy.index]), int(self._own[copy.table, copy.index])
+        """Source and target."""
+        return int(self._own[copy.source, copy.index]), int(self._own[copy.target, copy.index])
 
 
 @dataclass(frozen=True)
@@ -194,7 +214,9 @@ class Model:
         """On one rank, ready for steps."""
         library = native_library()
         assert library is not None
-        runner = Runner(comm, owned, VIRTUAL_SHARDS, Pool(library, threads, crowded=True, from_bytes=0))
+        runner = Runner(
+            comm, owned, VIRTUAL_SHARDS, Pool(library, threads, crowded=True, from_bytes=0)
+        )
         runner.load(
             LoadModel(
                 model="m",
@@ -222,9 +244,7 @@ def logits_of(
     folder: for the addresses of communicators.
     """
     place = folder / f"{setting.kind}-{next(_places)}"
-    pieces = [p for schedule in schedules for step in schedule for p in step]
-    used = {p.text for p in pieces} | {p.table for p in pieces if p.table is not None}
-    tables = Tables(max(used) + 1)
+    tables = Tables(1 + max(itertools.chain(*(_tables_of(steps) for steps in schedules))))
     of_rank: dict[int, list[Logits]] = {}
 
     def job(comm: Communicator, owned: list[range]) -> None:
@@ -241,7 +261,12 @@ def logits_of(
 
 
 def run_schedule(ops: Ops, texts: Texts, tables: Tables, steps: Sequence[Step]) -> Logits:
-    """On one rank: logits of its own tokens."""
+    """On one rank: logits of its own tokens. What was in the cache before is lost."""
+    pieces = [p for step in steps for p in step if isinstance(p, Piece)]
+    length = -(-max(p.stop for p in pieces) // BLOCK_TOKENS) * BLOCK_TOKENS
+    for table in _tables_of(steps) - {p.text for p in pieces if p.text}:  # not all the crowd's
+        spoilt = SequenceStep(0, 0, texts.spoilt(length), tables.of(table), None)
+        ops.run([spoilt], np.zeros(1, np.int64))
     found: Logits = {}
     for step in steps:
         for copy in step:
@@ -249,13 +274,27 @@ def run_schedule(ops: Ops, texts: Texts, tables: Tables, steps: Sequence[Step]) 
                 ops.copy_block(*tables.copied(copy))
         pieces = [p for p in step if isinstance(p, Piece)]
         sequences = [
-            SequenceStep(0, p.start, texts[p.text][p.start : p.stop], tables.of(p), GREEDY)
+            SequenceStep(
+                slot=0,
+                start=p.start,
+                tokens=texts[p.text][p.start : p.stop],
+                blocks=tables.of(p.text, p.tables),
+                sampling=GREEDY,
+            )
             for p in pieces
         ]
         logits = ops.run(sequences, np.zeros(1, np.int64)).logits
         for piece, row in zip(pieces, logits, strict=True):
             found[piece.text, piece.stop] = row.copy()
     return found
+
+
+def _tables_of(steps: Sequence[Step]) -> set[int]:
+    """Whose tables are used."""
+    used: set[int] = set()
+    for item in itertools.chain(*steps):
+        used |= {item.text, *item.tables} if isinstance(item, Piece) else {item.source, item.target}
+    return used
 
 
 @contextlib.contextmanager

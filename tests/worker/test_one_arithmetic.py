@@ -16,6 +16,7 @@ import torch
 from shared.messages import KVPrecision, Precision
 from shared.model_config import read_model_config
 from tests.worker.native_ranks import (
+    BLOCKS_PER_TEXT,
     Copy,
     Model,
     Piece,
@@ -49,7 +50,7 @@ TWO_BY_GLOO = Setting(2, 1, "gloo")
 
 STOP = 73
 PROMPT = 70
-TAIL = 33  # the table of text 0 behind a shared prefix; a text nobody reads
+OTHER = 33  # a table that no text has
 
 
 def batch(
@@ -68,21 +69,35 @@ def batch(
 
 
 def cached_prefix(shared: int) -> list[Step]:
-    """Text 0 again, over the first blocks that it has left in the cache."""
-    start = 16 * shared
-    again = [Piece(0, start, PROMPT, TAIL, shared)]
+    """Text 0 again, over the first blocks that it has left in the cache, the rest elsewhere."""
+    tables = (0,) * shared + (OTHER,) * (BLOCKS_PER_TEXT - shared)
     return [
         [Piece(0, 0, PROMPT)],
-        again,
-        *([Piece(0, n, n + 1, TAIL, shared)] for n in range(PROMPT, STOP)),
+        [Piece(0, 16 * shared, PROMPT, tables)],
+        *([Piece(0, n, n + 1, tables)] for n in range(PROMPT, STOP)),
     ]
 
 
 def copied_block() -> list[Step]:
     """The text goes on in a copy of its last, half-filled block, as after a branch."""
     last = PROMPT // 16
-    branch = Piece(0, PROMPT, PROMPT + 1, TAIL, last)
-    return [[Piece(0, 0, PROMPT)], [Copy(0, last, TAIL), branch]]
+    tables = (0,) * last + (OTHER,)
+    return [
+        [Piece(0, 0, PROMPT)],
+        [Copy(0, OTHER, last), Piece(0, PROMPT, PROMPT + 1, tables)],
+        *([Piece(0, n, n + 1, tables)] for n in range(PROMPT + 1, STOP)),
+    ]
+
+
+def forgotten(window: int) -> list[Step]:
+    """Blocks that are out of the window's sight belong to somebody else by now."""
+    return [
+        [Piece(0, 0, PROMPT)],
+        *(
+            [Piece(0, n, n + 1, (OTHER,) * (max(0, n - window + 1) // 16))]
+            for n in range(PROMPT, STOP)
+        ),
+    ]
 
 
 def all_ways() -> list[list[Step]]:
@@ -135,7 +150,8 @@ def assert_one_arithmetic(
 ) -> None:
     """All logits that any two of the runs have in common are equal."""
     config = read_model_config(model.folder)
-    texts = Texts(config.vocab_size)
+    spoiler = None if model.folder.name == "story" else config.vocab_size - 1
+    texts = Texts(config.vocab_size, spoiler=spoiler)
     seen: dict[tuple[int, int], tuple[str, str]] = {}
     compared = 0
     for setting in settings:
@@ -272,7 +288,8 @@ def test_any_shape_gives_a_token_the_same_logits_in_every_way(
     assert_one_arithmetic(Model(folder, dtype, kv_dtype), settings, some_ways(), tmp_path)
 
 
-@pytest.mark.parametrize("window", [1, 24, 64])
+# With 20 and five queries at a time some see one block more than others that share their pass.
+@pytest.mark.parametrize("window", [1, 20, 64])
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype", "settings"),
     [
@@ -288,4 +305,5 @@ def test_a_sliding_window_gives_a_token_the_same_logits_in_every_way(
     tmp_path: Path,
 ) -> None:
     folder = write_checkpoint(tmp_path / "model", Shape(96, 200, 6, 2, 32, window=window))
-    assert_one_arithmetic(Model(folder, dtype, kv_dtype), settings, some_ways(), tmp_path)
+    ways = [*some_ways(), forgotten(window), chunks(0, 1, PROMPT, STOP)]
+    assert_one_arithmetic(Model(folder, dtype, kv_dtype), settings, ways, tmp_path)
