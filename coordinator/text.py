@@ -151,7 +151,7 @@ class Detokenizer:
         """The text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)
         text: str = self._tokenizer.decode(self._ids)
-        if text.endswith(_REPLACEMENT) and len(self._ids) - self._complete <= _LONGEST_CHARACTER:
+        if text.endswith(_REPLACEMENT) and self._bytes_waiting() <= _LONGEST_CHARACTER:
             return ""
         new = text[len(self._given) :]
         self._given, self._complete = text, len(self._ids)
@@ -162,6 +162,10 @@ class Detokenizer:
             self._given = self._tokenizer.decode(self._ids)
             self._complete = self._border = len(self._ids)
         return new
+
+    def _bytes_waiting(self) -> int:
+        """Tokens since the last whole character; special ones, which have no text, do not count."""
+        return sum(self._tokenizer.decode([token]) != "" for token in self._ids[self._complete :])
 
     def flush(self) -> str:
         """What is left at the end, with a replacement character for an incomplete one."""

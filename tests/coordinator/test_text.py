@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -72,6 +72,7 @@ def check_pieces(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> Non
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 399), max_size=30))
+@example([127, 0, 0, 0, 0, 95])  # special tokens within a character
 def test_random_tokens_never_break_the_stream(ids: list[int]) -> None:
     stream = Detokenizer(BYTE_LEVEL, [])
     text = "".join(stream.push(token) for token in ids) + stream.flush()
