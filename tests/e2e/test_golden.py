@@ -1,4 +1,4 @@
-"""The reference continuations, token for token, for any number of workers and any transport."""
+"""The reference continuations, token for token, for any number of workers, transport and kernels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,19 +9,29 @@ import pytest
 from client.zmq_client import Client
 from shared.messages import Done
 from tests.e2e.server import Server, run_tpserve
+from worker.native.api import native_library
 
 CONFIGURATIONS = [
-    *[(workers, "shm") for workers in (1, 2, 3, 4, 8)],
-    *[(workers, "zmq") for workers in (2, 3, 4, 8)],
-    (2, "gloo"),
+    *[(workers, "shm", "native") for workers in (1, 2, 3, 4, 8)],
+    *[(workers, "zmq", "native") for workers in (2, 3, 4, 8)],
+    (2, "gloo", "native"),
+    (1, "shm", "torch"),
+    (3, "shm", "torch"),
+    (2, "zmq", "torch"),
 ]
 
 
-@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=[f"{c}-{w}" for w, c in CONFIGURATIONS])
+@pytest.fixture(
+    scope="module",
+    params=CONFIGURATIONS,
+    ids=[f"{kernels}-{comm}-{workers}" for workers, comm, kernels in CONFIGURATIONS],
+)
 def address(request: pytest.FixtureRequest, story_model: Path) -> Iterator[str]:
-    workers, comm = request.param
+    workers, comm, kernels = request.param
+    if kernels == "native" and native_library() is None:
+        pytest.skip("there is no native library: no C++ compiler when it was to be built")
     arguments = ("--workers", str(workers), "--comm", comm, "--model", f"story={story_model}")
-    with Server(*arguments) as server:
+    with Server(*arguments, env={"TPSERVE_KERNELS": kernels}) as server:
         yield server.wait_ready()
 
 
