@@ -117,7 +117,6 @@ class TpserveServer(AbstractContextManager["TpserveServer"]):
         for event in stream.events():
             if isinstance(event, Token):
                 seconds = time.perf_counter() - began
-                break
         usage = stream.result().usage
         self._expect_length(prompt, usage.prompt_tokens)
         return usage.prompt_tokens / seconds

@@ -1,22 +1,37 @@
 """Measurements that take turns, and the ratios between them.
 
 On a machine whose speed drifts, two numbers can only be compared when they were taken side by side:
-so each round takes one sample of everything, in another order than the round before.
+so each round takes one sample of everything, in another order than the round before. What else ran
+meanwhile is counted, because it does not hurt all alike: threads that wait for each other in a loop,
+as OpenMP's do, become many times slower when one of them has to share its core.
 """
 
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import psutil
 
 Samples = Mapping[str, Sequence[float]]
 """By what was measured, a value for each round."""
 
 
-def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Samples:
+@dataclass(frozen=True)
+class Rounds:
+    """What `interleave` found."""
+
+    samples: Samples
+    other_cores: float
+    """Cores that other programs, or other guests of the host, kept busy on average."""
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
     """Sample every contender once a round. A first round, in which all get warm, does not count."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    began, others = time.monotonic(), _seconds_of_others()
     for turn in range(rounds + 1):
         order = list(contenders)
         first = turn % len(order)
@@ -25,7 +40,17 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Sa
             print(f"  {turn}/{rounds} {name}: {value:,.1f}", file=sys.stderr, flush=True)
             if turn:
                 samples[name].append(value)
-    return samples
+    passed = time.monotonic() - began
+    return Rounds(samples, max(0.0, (_seconds_of_others() - others) / passed))
+
+
+def _seconds_of_others() -> float:
+    """Processor time that neither this process nor one it started has used, since some time ago."""
+    machine = psutil.cpu_times()
+    busy = sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice
+    this = psutil.Process()
+    own = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return busy - sum(times.user + times.system for times in own)
 
 
 @dataclass(frozen=True)
@@ -54,10 +79,15 @@ class Part:
 
     title: str
     unit: str
-    samples: Samples
+    rounds: Rounds
     ratios: Sequence[Ratio]
     goals: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    @property
+    def samples(self) -> Samples:
+        """By what was measured."""
+        return self.rounds.samples
 
     def as_json(self) -> dict[str, object]:
         """Everything, samples included."""
@@ -65,6 +95,7 @@ class Part:
             "title": self.title,
             "unit": self.unit,
             "samples": self.samples,
+            "other_cores": self.rounds.other_cores,
             "goals": self.goals,
             "ratios": [
                 {
@@ -104,7 +135,8 @@ class Part:
         if ratios:
             lines += ["", "| what | to what | ratio | by round | goal |", "|---|---|---|---|---|"]
             lines += ratios
-        lines += itertools.chain.from_iterable(("", note) for note in self.notes)
+        others = f"Other programs kept {self.rounds.other_cores:.2f} cores busy meanwhile."
+        lines += itertools.chain.from_iterable(("", note) for note in (*self.notes, others))
         return "\n".join(lines)
 
     def _has(self, ratio: Ratio) -> bool:

@@ -10,7 +10,7 @@
     {"do": "generate", "prompt": [ids], "tokens": 64}               the binding's own Llama.generate
     -> {"seconds": 1.2, "tokens": 512, "ids": [first stream's]}
 
-Greedy. The seconds of `decode` and `generate` count from the end of the prompt on.
+Greedy. The seconds of `decode` and `generate` do not count the prompt.
 """
 
 import argparse
@@ -64,16 +64,19 @@ class Engine:
         self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
 
     def decode(self, prompt: Sequence[int], streams: int, tokens: int) -> dict[str, Any]:
-        """All streams continue the same prompt by `tokens` tokens after the one that ends it."""
-        self._forget()
-        for stream in range(streams):
-            last = self._prefill(prompt, stream)
+        """All streams continue the same prompt; `tokens` steps count."""
+        memory = self._forget()
+        last = self._prefill(prompt)
+        for stream in range(1, streams):
+            llama_cpp.llama_memory_seq_cp(memory, 0, stream, -1, -1)
         chosen = np.full(streams, last)
         ids = [last]
-        began = time.perf_counter()
-        for position in range(len(prompt), len(prompt) + tokens):
+        began = 0.0
+        for step in range(tokens + 1):
+            if step == 1:
+                began = time.perf_counter()  # the first step carries out the copies as well
             for stream in range(streams):
-                self._put(stream, int(chosen[stream]), position, stream, wanted=True)
+                self._put(stream, int(chosen[stream]), len(prompt) + step, stream, wanted=True)
             chosen = self._step(streams, streams)
             ids.append(int(chosen[0]))
         seconds = time.perf_counter() - began
@@ -83,19 +86,23 @@ class Engine:
         """Read a prompt up to the first new token."""
         self._forget()
         began = time.perf_counter()
-        first = self._prefill(prompt, 0)
+        first = self._prefill(prompt)
         return {
             "seconds": time.perf_counter() - began,
             "tokens": len(prompt),
             "ids": [first],
         }
 
-    def _forget(self) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+    def _forget(self) -> Any:
+        """The KV cache, empty."""
+        memory = llama_cpp.llama_get_memory(self._context)
+        llama_cpp.llama_memory_clear(memory, True)
+        return memory
 
-    def _prefill(self, prompt: Sequence[int], stream: int) -> int:
+    def _prefill(self, prompt: Sequence[int]) -> int:
+        """Read the prompt into stream 0; the token after it."""
         for i, token in enumerate(prompt):
-            self._put(i, token, i, stream, wanted=i == len(prompt) - 1)
+            self._put(i, token, i, stream=0, wanted=i == len(prompt) - 1)
         return int(self._step(len(prompt), 1)[0])
 
     def _put(self, i: int, token: int, position: int, stream: int, *, wanted: bool) -> None:

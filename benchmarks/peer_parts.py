@@ -16,7 +16,7 @@ from benchmarks.contestants import (
     llama_cpp,
     openvino,
 )
-from benchmarks.interleaved import Part, Ratio, Samples, interleave
+from benchmarks.interleaved import Part, Ratio, Rounds, interleave
 from benchmarks.peer_files import Peers
 from shared.model_config import read_model_config
 
@@ -59,9 +59,9 @@ SCALING_GOAL = 1.85
 BATCH_GOALS: Mapping[int, float] = {8: 100, 32: 240}
 PREFILL_GOALS: Mapping[int, float] = {128: 280, 512: 280}
 """By streams and by prompt tokens: tokens per second on the machine that the goals were set for."""
-BATCH_TOKENS = 48
+BATCH_TOKENS = 32
 """Of each stream in a sample."""
-LLAMA_CPP_BATCH_TOKENS = 12
+LLAMA_CPP_BATCH_TOKENS = 8
 """With as many as the others it would take most of the time."""
 LLAMA_CPP_CONTEXT = 576
 """For the longest prompt."""
@@ -116,11 +116,11 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
             step = precision.bytes_per_step(bench.model)
             contenders[one_reader] = lambda: memory.read(1) / step
             contenders[readers] = lambda: memory.read(CORES) / step
-        samples = interleave(contenders, bench.rounds)
+        rounds = interleave(contenders, bench.rounds)
     return Part(
         title=f"Decode, batch 1, {dtype}",
         unit="tokens/s",
-        samples=samples,
+        rounds=rounds,
         ratios=[
             Ratio(two, peer, precision.goal),
             Ratio(two, readers, READING_GOAL),
@@ -128,7 +128,10 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
             Ratio(two, threaded, 1),
             Ratio(one, one_reader),
         ],
-        notes=[f"tpserve reads {precision.bytes_per_step(bench.model) / 1e6:,.0f} MB a step."],
+        notes=[
+            _kernels(server),
+            f"tpserve reads {precision.bytes_per_step(bench.model) / 1e6:,.0f} MB a step.",
+        ],
     )
 
 
@@ -153,22 +156,22 @@ def batch(bench: Bench) -> Iterator[Part]:
             engines.append((f"llama.cpp Q8_0, {CORES} threads", engine, LLAMA_CPP_BATCH_TOKENS))
         ours = engines[0][0]
         for streams, goal in BATCH_GOALS.items():
-            samples = interleave(
+            rounds = interleave(
                 {name: _decoding(who, prompt, streams, count) for name, who, count in engines},
                 bench.rounds,
             )
-            yield _batch_part(f"Decode, int8, batch {streams}", samples, ours, goal)
+            yield _batch_part(f"Decode, int8, batch {streams}", rounds, ours, goal)
         for tokens, goal in PREFILL_GOALS.items():
-            samples = interleave(
+            rounds = interleave(
                 {name: _prefilling(who, prompts, tokens) for name, who, _ in engines},
                 bench.rounds,
             )
-            yield _batch_part(f"Prefill, int8, {tokens} tokens", samples, ours, goal)
+            yield _batch_part(f"Prefill, int8, {tokens} tokens", rounds, ours, goal)
 
 
-def _batch_part(title: str, samples: Samples, ours: str, goal: float) -> Part:
-    peers = [name for name in samples if name != ours]
-    return Part(title, "tokens/s", samples, [Ratio(ours, peer) for peer in peers], {ours: goal})
+def _batch_part(title: str, rounds: Rounds, ours: str, goal: float) -> Part:
+    peers = [name for name in rounds.samples if name != ours]
+    return Part(title, "tokens/s", rounds, [Ratio(ours, peer) for peer in peers], {ours: goal})
 
 
 def story(bench: Bench) -> Iterator[Part]:
@@ -177,14 +180,14 @@ def story(bench: Bench) -> Iterator[Part]:
     one, many = (f"tpserve, 1 worker x 1 thread, {count} stream(s)" for count in (1, STORY_STREAMS))
     contenders: dict[str, Callable[[], float]] = {}
     ratios = [Ratio(many, one, STORY_GOAL)]
-    notes = []
     with ExitStack() as stack:
         server = stack.enter_context(TpserveServer(bench.story, 1, 1, "fp32"))
+        notes = [_kernels(server)]
         contenders[one] = _repeated(_decoding(server, prompt, 1, STORY_TOKENS))
         contenders[many] = _decoding(server, prompt, STORY_STREAMS, STORY_TOKENS)
         if bench.peers.llama_cpp:
             file = peer_files.gguf(bench.peers, bench.story, "f32")
-            context = len(prompt.ids) + STORY_TOKENS + 1
+            context = len(prompt.ids) + STORY_TOKENS + 2
             for threads in range(1, CORES + 1):
                 engine = stack.enter_context(
                     llama_cpp(bench.peers, file, threads, STORY_STREAMS, context)
@@ -200,8 +203,12 @@ def story(bench: Bench) -> Iterator[Part]:
                     Ratio(many, batched),
                 ]
             notes.append(_agreement(server, engine, prompt))
-        samples = interleave(contenders, bench.rounds)
-    yield Part("Story model, fp32", "tokens/s", samples, ratios, notes=notes)
+        rounds = interleave(contenders, bench.rounds)
+    yield Part("Story model, fp32", "tokens/s", rounds, ratios, notes=notes)
+
+
+def _kernels(server: TpserveServer) -> str:
+    return f"tpserve computed with {server.status.kernels} kernels."
 
 
 def _agreement(server: TpserveServer, peer: PeerProcess, prompt: Prompt) -> str:

@@ -1,7 +1,7 @@
 """tpserve beside llama.cpp and OpenVINO GenAI, in turns on the same machine.
 
     python benchmarks/peers.py --prepare    # once: installs and compiles the peers, converts models
-    python benchmarks/peers.py [--only decode,batch,story] [--dtypes int4,int8,bf16] [--rounds 5]
+    python benchmarks/peers.py [--only decode,batch,story] [--dtypes int4,int8,bf16] [--rounds 4]
 
 Every number of tpserve is one that a client of a running server sees; every number of a peer comes
 from a process of its own (peer_llama_cpp.py, peer_openvino.py) with as many threads as tpserve has.
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", type=_dtypes, default=tuple(PRECISIONS), help="of decode, by comma"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--model", type=Path, help=f"a checkpoint (random, {PRESET}'s shape)")
     parser.add_argument("--story", type=Path, default=REFERENCE / "models" / "story")
     parser.add_argument("--json", type=Path, help="a file for all samples")

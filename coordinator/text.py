@@ -151,21 +151,39 @@ class Detokenizer:
         """The text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)
         text: str = self._tokenizer.decode(self._ids)
-        if text.endswith(_REPLACEMENT) and self._bytes_waiting() <= _LONGEST_CHARACTER:
-            return ""
+        complete = len(self._ids)
+        if text.endswith(_REPLACEMENT) and (held := self._tokens_held(text)):
+            complete -= held
+            if complete == self._complete:
+                return ""
+            text = self._tokenizer.decode(self._ids[:complete])
         new = text[len(self._given) :]
-        self._given, self._complete = text, len(self._ids)
-        if not self._border and self._complete >= _CONTEXT_TOKENS:
-            self._border = self._complete
-        elif self._border and self._complete >= self._border + _CONTEXT_TOKENS:
+        self._given, self._complete = text, complete
+        if not self._border and complete >= _CONTEXT_TOKENS:
+            self._border = complete
+        elif self._border and complete >= self._border + _CONTEXT_TOKENS:
             del self._ids[: self._border]
-            self._given = self._tokenizer.decode(self._ids)
-            self._complete = self._border = len(self._ids)
+            self._complete = complete - self._border
+            self._given = self._tokenizer.decode(self._ids[: self._complete])
+            self._border = self._complete
         return new
 
-    def _bytes_waiting(self) -> int:
-        """Tokens since the last whole character; special ones, which have no text, do not count."""
-        return sum(self._tokenizer.decode([token]) != "" for token in self._ids[self._complete :])
+    def _tokens_held(self, text: str) -> int:
+        """How many of the last tokens may be the beginning of a character.
+
+        As many as a character can have, or fewer: all since the last whole one. When there are more,
+        some belong to no character: the most that can be a beginning, without which the text before
+        them stays as it is. Special tokens, which have no text, do not count.
+        """
+        waiting = self._ids[self._complete :]
+        held = found = 0
+        for count, token in enumerate(reversed(waiting), start=1):
+            found += self._tokenizer.decode([token]) != ""
+            if found < _LONGEST_CHARACTER and text.startswith(
+                self._tokenizer.decode(self._ids[:-count])
+            ):
+                held = count
+        return len(waiting) if found <= _LONGEST_CHARACTER else held
 
     def flush(self) -> str:
         """What is left at the end, with a replacement character for an incomplete one."""

@@ -73,6 +73,7 @@ def check_pieces(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> Non
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 399), max_size=30))
 @example([127, 0, 0, 0, 0, 95])  # special tokens within a character
+@example([95, 95, 95, 95, 127, 95])  # a character after bytes that belong to none
 def test_random_tokens_never_break_the_stream(ids: list[int]) -> None:
     stream = Detokenizer(BYTE_LEVEL, [])
     text = "".join(stream.push(token) for token in ids) + stream.flush()

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <new>
 
 namespace tps {
@@ -14,11 +15,7 @@ class Memory {
     Memory() = default;
     explicit Memory(size_t bytes) : bytes_(bytes) {
         if (bytes == 0) return;
-        // Pages are taken when they are touched.
-        void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (at == MAP_FAILED) throw std::bad_alloc();
-        if (bytes >= kHugePage) madvise(at, bytes, MADV_HUGEPAGE);
-        data_ = static_cast<uint8_t*>(at);
+        data_ = static_cast<uint8_t*>(take(bytes));
     }
     Memory(Memory&& other) noexcept { *this = static_cast<Memory&&>(other); }
     Memory& operator=(Memory&& other) noexcept {
@@ -40,9 +37,24 @@ class Memory {
     static constexpr size_t kHugePage = size_t(2) << 20;
 
     void release() {
-        if (data_ != nullptr) munmap(data_, bytes_);
+        if (data_ != nullptr) give_back(data_, bytes_);
         data_ = nullptr;
     }
+
+#if defined(__SANITIZE_ADDRESS__)  // on the heap, where the sanitizer sees what goes beyond the end
+    static void* take(size_t bytes) { return memset(operator new(bytes, kCacheLine), 0, bytes); }
+    static void give_back(void* at, size_t) { operator delete(at, kCacheLine); }
+    static constexpr std::align_val_t kCacheLine{64};
+#else
+    static void* take(size_t bytes) {
+        // Pages are taken when they are touched.
+        void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) throw std::bad_alloc();
+        if (bytes >= kHugePage) madvise(at, bytes, MADV_HUGEPAGE);
+        return at;
+    }
+    static void give_back(void* at, size_t bytes) { munmap(at, bytes); }
+#endif
 
     uint8_t* data_ = nullptr;
     size_t bytes_ = 0;
