@@ -19,6 +19,7 @@ constexpr int kTileTokens = 6, kTileBlocks = 2;  // 24 of 32 registers hold sums
 constexpr int kTileTokens = 3, kTileBlocks = 1;  // 12 of 16
 #endif
 constexpr int kPrefetchBytes = 4096;
+constexpr int kStreams = 4;  // row blocks that one token reads side by side: more lines on their way
 constexpr size_t kChunkBytes = 384 << 10;  // of weights that stay in the L2 cache for all tiles
 constexpr int kStackDepth = 9;             // log2(kMaxSegments) + 1
 constexpr float kSmallest = 0x1p-100f;     // less than that is 0 in int8, as 127 over it may be infinite
@@ -36,7 +37,10 @@ TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB]
     for (int b = 0; b < NB; ++b)
         for (int m = 0; m < MT; ++m) odd[b][m] = zero();
     for (int g = 0; g < groups; ++g, x += kGroup) {
-        for (int b = 0; b < NB; ++b) __builtin_prefetch(w[b] + kPrefetchBytes);
+        if constexpr (MT <= 2)  // bound by memory
+            for (int b = 0; b < NB; ++b)
+                for (size_t line = 0; line < kGroupBytes<format>; line += 64)
+                    __builtin_prefetch(w[b] + kPrefetchBytes + line);
 #pragma GCC unroll 4
         for (int k = 0; k < kGroup; k += 2) {
             f32x16 w0[NB], w1[NB];
@@ -164,9 +168,10 @@ template <Format format, int MT>
 void linear_tokens(const Weight& weight, const Activations& x, const Output& out, int begin, int end,
                    int token) {
     int block = begin;
-    if constexpr (MT > 1 && kTileBlocks > 1)
-        for (; block + kTileBlocks <= end; block += kTileBlocks)
-            linear_tile<format, kTileBlocks, MT>(weight, x, out, block, token);
+    constexpr int blocks = MT == 1 ? kStreams : kTileBlocks;
+    if constexpr (blocks > 1)
+        for (; block + blocks <= end; block += blocks)
+            linear_tile<format, blocks, MT>(weight, x, out, block, token);
     for (; block < end; ++block) linear_tile<format, 1, MT>(weight, x, out, block, token);
 }
 

@@ -52,7 +52,8 @@ size_t KVMemory::block_bytes(Format format, int head_dim) {
 
 KVMemory::KVMemory(Format format, int layers, int kv_heads, int head_dim, int blocks)
     : memory_(2 * size_t(layers) * kv_heads * blocks *
-              (block_bytes(format, head_dim) + scale_bytes(format))) {
+                  (block_bytes(format, head_dim) + scale_bytes(format)),
+              false) {
     const size_t all = size_t(kv_heads) * blocks;
     const size_t numbers = all * block_bytes(format, head_dim), scales = all * scale_bytes(format);
     uint8_t* at = memory_.data();
