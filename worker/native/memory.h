@@ -16,7 +16,7 @@ class Memory {
     // `huge_pages`: read faster, but taken two mebibytes at a time.
     explicit Memory(size_t bytes, bool huge_pages = true) : bytes_(bytes) {
         if (bytes == 0) return;
-        data_ = static_cast<uint8_t*>(take(bytes));
+        data_ = static_cast<uint8_t*>(take(bytes, huge_pages));
     }
     Memory(Memory&& other) noexcept { *this = static_cast<Memory&&>(other); }
     Memory& operator=(Memory&& other) noexcept {
@@ -43,11 +43,11 @@ class Memory {
     }
 
 #if defined(__SANITIZE_ADDRESS__)  // on the heap, where the sanitizer sees what goes beyond the end
-    static void* take(size_t bytes) { return memset(operator new(bytes, kCacheLine), 0, bytes); }
+    static void* take(size_t bytes, bool) { return memset(operator new(bytes, kCacheLine), 0, bytes); }
     static void give_back(void* at, size_t) { operator delete(at, kCacheLine); }
     static constexpr std::align_val_t kCacheLine{64};
 #else
-    static void* take(size_t bytes) {
+    static void* take(size_t bytes, bool huge_pages) {
         // Pages are taken when they are touched.
         void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (at == MAP_FAILED) throw std::bad_alloc();
