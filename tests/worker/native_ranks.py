@@ -318,6 +318,7 @@ def _opened(
     )
     with contextlib.closing(open_communicator(setup, None)) as other:
         yield other
+        comm.barrier()  # who closes a socket takes back what it has not sent yet
 
 
 _places = itertools.count()

@@ -225,10 +225,10 @@ def race(folder: Path) -> None:
     def job(comm: Communicator, owned: list[range]) -> None:
         ops = model.load(comm, owned, threads=1, blocks=BLOCKS_PER_TEXT)
         table = np.arange(BLOCKS_PER_TEXT, dtype="<i4").tobytes()
-        step = SequenceStep(0, 0, TEXTS[0][:100], table, None)
+        step = SequenceStep(0, 0, TEXTS[0][:60], table, None)
 
         def run() -> None:
-            for _ in range(5):
+            for _ in range(2):
                 ops.run([step], np.zeros(1, np.int64))
 
         both = [threading.Thread(target=run) for _ in range(2)]
