@@ -58,8 +58,12 @@ class ColumnLinear:
         rows: Sequence[range],
         inputs: int,
         ops: Ops,
+        head_dim: int | None = None,
     ) -> None:
-        """Stack rows[i] of weight names[i], which is [totals[i], inputs]."""
+        """Stack rows[i] of weight names[i], which is [totals[i], inputs].
+
+        head_dim: the outputs are attention heads of so many numbers.
+        """
         self._ops = ops
         self._weight = ops.weight(
             torch.cat(
@@ -67,7 +71,8 @@ class ColumnLinear:
                     checkpoint.read(name, (total, inputs), rows=own)
                     for name, total, own in zip(names, totals, rows, strict=True)
                 ]
-            )
+            ),
+            head_dim=head_dim,
         )
 
     def __call__(self, x: Value) -> Value:
@@ -89,12 +94,16 @@ class RowLinear:
         inputs: int,
         columns: Sequence[range],
         ops: Ops,
+        head_dim: int | None = None,
     ) -> None:
-        """`columns` of each owned virtual shard of weight `name` [outputs, inputs]; may be empty."""
+        """`columns` of each owned virtual shard of weight `name` [outputs, inputs]; may be empty.
+
+        head_dim: the inputs are attention heads of so many numbers.
+        """
         self._ops = ops
         own = range(columns[0].start, columns[-1].stop)
         piece = checkpoint.read(name, (outputs, inputs), columns=own)
-        self._weight = ops.row_weight(piece, [len(shard) for shard in columns])
+        self._weight = ops.row_weight(piece, [len(shard) for shard in columns], head_dim=head_dim)
 
     def __call__(self, x: Value) -> Value:
         """X [T, own columns] -> [T, N], summed over all virtual shards."""

@@ -43,6 +43,7 @@ class Attention:
             rows=[scaled(heads, d), scaled(kv_heads, d), scaled(kv_heads, d)],
             inputs=config.hidden_size,
             ops=placement.ops,
+            head_dim=d,
         )
         self.o_proj = RowLinear(
             checkpoint,
@@ -51,6 +52,7 @@ class Attention:
             inputs=config.num_heads * d,
             columns=[scaled(shards.heads(v), d) for v in placement.each],
             ops=placement.ops,
+            head_dim=d,
         )
 
     def __call__(self, x: Value, rope: RopeTable) -> Value:

@@ -203,7 +203,7 @@ TPS_API void tps_program_embed(Program* program, const void* table, int32_t form
 
 // delta: -1 if there is none. exchanged: the roots of all ranks are added up instead of a delta.
 TPS_API void tps_program_add_norm(Program* program, int32_t x, int32_t delta, int32_t out,
-                                  const float* weight, int32_t size, float eps, int32_t of_logits,
+                                  const float* weight, int32_t count, float eps, int32_t of_logits,
                                   int32_t exchanged, const int32_t* roots_per_rank,
                                   const int32_t* additions, int32_t addition_count) {
     auto op = std::make_unique<AddNorm>();
@@ -211,7 +211,7 @@ TPS_API void tps_program_add_norm(Program* program, int32_t x, int32_t delta, in
     op->delta = delta;
     op->out = out;
     op->weight = weight;
-    op->size = size;
+    op->count = count;
     op->eps = eps;
     op->of_logits = of_logits != 0;
     op->exchanged = exchanged != 0;
@@ -239,11 +239,13 @@ TPS_API void tps_program_best(Program* program, int32_t columns) {
     program->add(std::move(op));
 }
 
-TPS_API void tps_program_rope_store(Program* program, int32_t qkv, int32_t heads, const float* cos,
-                                    const float* sin, const KVMemory* kv, int32_t layer) {
+TPS_API void tps_program_rope_store(Program* program, int32_t qkv, int32_t heads, int32_t head_dim,
+                                    const float* cos, const float* sin, const KVMemory* kv,
+                                    int32_t layer) {
     auto op = std::make_unique<RopeStore>();
     op->qkv = qkv;
     op->heads = heads;
+    op->head_dim = head_dim;
     op->cos = cos;
     op->sin = sin;
     op->kv = &kv->layer(layer);
@@ -253,12 +255,14 @@ TPS_API void tps_program_rope_store(Program* program, int32_t qkv, int32_t heads
 // groups: [group_count][3]: KV head, first query head, query heads. out_column: [heads].
 TPS_API void tps_program_attention(Program* program, int32_t qkv, int32_t out, const KVMemory* kv,
                                    int32_t layer, const int32_t* groups, int32_t group_count,
-                                   const int32_t* out_column, int32_t heads, int32_t window) {
+                                   const int32_t* out_column, int32_t heads, int32_t window,
+                                   float scale) {
     auto op = std::make_unique<Attend>();
     op->qkv = qkv;
     op->out = out;
     op->kv = &kv->layer(layer);
     op->window = window;
+    op->scale = scale;
     for (int g = 0; g < group_count; ++g)
         op->groups.push_back({groups[3 * g], groups[3 * g + 1], groups[3 * g + 2]});
     op->out_column.assign(out_column, out_column + heads);

@@ -67,10 +67,16 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
     "tps_program_best": (None, (_POINTER, _INT)),
-    "tps_program_rope_store": (None, (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
+    "tps_program_rope_store": (
+        None,
+        (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT),
+    ),
     "tps_program_attention": (
         None,
-        (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+        (
+            *(_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+            ctypes.c_float,
+        ),
     ),
     "tps_program_swiglu": (None, (_POINTER, _INT, _INT, _INT)),
     "tps_program_run": (_INT, (_POINTER, _POINTER, _INT)),
@@ -109,6 +115,11 @@ def made(handle: int | None) -> int:
 def int32s(numbers: Sequence[int]) -> Int32s:
     """As the library reads them."""
     return np.array(numbers, dtype=np.int32)
+
+
+def filled_up(count: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-count // unit) * unit
 
 
 def groups_of(columns: int) -> int:

@@ -209,14 +209,14 @@ void linear(const Weight& weight, const Activations& x, const Output& out, int b
 
 // --- between the linears --------------------------------------------------------------------------
 
-void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
+void rms_norm(const float* x, const float* weight, int size, int count, float eps, float* out) {
     f32x16 even = zero(), odd = zero();
     for (int i = 0; i < size; i += 32) {
         const f32x16 a = load(x + i), b = load(x + i + 16);
         even = fma(a, a, even);
         odd = fma(b, b, odd);
     }
-    const float mean = sum(add(even, odd)) / float(size);
+    const float mean = sum(add(even, odd)) / float(count);
     const f32x16 factor = set1(1.0f / std::sqrt(mean + eps));
     for (int i = 0; i < size; i += 16)
         store(out + i, mul(mul(load(x + i), factor), load(weight + i)));

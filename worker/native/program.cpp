@@ -159,9 +159,12 @@ int Program::run(const Step& step, int first) {
 
 void Embed::run(Program& program, const Step& step, int thread) {
     const Part part(step.tokens, thread, program.threads());
-    for (int t = part.begin; t < part.end; ++t)
-        program.kernels().embed(table, format, step.ids[t], size,
-                                program.floats(into) + size_t(t) * program.width(into));
+    const int width = program.width(into);
+    for (int t = part.begin; t < part.end; ++t) {
+        float* row = program.floats(into) + size_t(t) * width;
+        program.kernels().embed(table, format, step.ids[t], size, row);
+        std::fill(row + size, row + width, 0.0f);
+    }
 }
 
 void AddNorm::run(Program& program, const Step& step, int thread) {
@@ -170,9 +173,10 @@ void AddNorm::run(Program& program, const Step& step, int thread) {
         if (thread == 0) program.exchange();
         program.barrier();
     }
-    const int count = of_logits ? step.logit_count : step.tokens;
-    const Part part(count, thread, program.threads());
-    const Activations normed = program.activations(out, count);
+    const int rows = of_logits ? step.logit_count : step.tokens;
+    const int size = program.width(x);
+    const Part part(rows, thread, program.threads());
+    const Activations normed = program.activations(out, rows);
     const float* terms[kMaxRoots];
     for (int i = part.begin; i < part.end; ++i) {
         const int token = of_logits ? step.logit_rows[i] : i;
@@ -190,7 +194,7 @@ void AddNorm::run(Program& program, const Step& step, int thread) {
         if (term_count)
             program.kernels().add_tree(row, terms, term_count, additions, addition_count, size);
         float* to = program.floats(out) + size_t(i) * size;
-        program.kernels().rms_norm(row, weight, size, eps, to);
+        program.kernels().rms_norm(row, weight, size, count, eps, to);
         quantize_token(program, normed, program.weight_offset(out), i);
     }
 }
@@ -221,16 +225,16 @@ void Best::run(Program& program, const Step& step, int thread) {
 
 void RopeStore::run(Program& program, const Step& step, int thread) {
     const Kernels& kernels = program.kernels();
-    const int d = kv->head_dim, kv_heads = kv->kv_heads;
+    const int d = kv->head_dim, kv_heads = kv->kv_heads, half = head_dim / 2;
     int sequence = 0;
     const Part part(step.tokens, thread, program.threads());
     for (int t = part.begin; t < part.end; ++t) {
         while (t >= step.sequences[sequence].first + step.sequences[sequence].count) ++sequence;
         const int position = step.positions[t];
         float* row = program.floats(qkv) + size_t(t) * program.width(qkv);
-        const size_t angles = size_t(position) * (d / 2);
+        const size_t angles = size_t(position) * half;
         for (int head = 0; head < heads + kv_heads; ++head)
-            kernels.rope(row + size_t(head) * d, cos + angles, sin + angles, d);
+            kernels.rope(row + size_t(head) * d, cos + angles, sin + angles, head_dim);
         const int block = step.sequences[sequence].blocks[position / kBlockTokens];
         for (int head = 0; head < kv_heads; ++head) {
             const float* key = row + size_t(heads + head) * d;
@@ -252,7 +256,7 @@ void Attend::run(Program& program, const Step& step, int thread) {
     args.sequences = step.sequences;
     args.sequence_count = step.sequence_count;
     args.window = window;
-    args.scale = 1.0f / std::sqrt(float(d));
+    args.scale = scale;
     args.scratch = program.scratch(thread);
     if (out_column.size() * d < args.out_stride) {  // between heads there are gaps, which must be 0
         const Part part(step.tokens, thread, threads);

@@ -113,7 +113,7 @@ class Program {
 struct Embed : Program::Op {
     const void* table;
     Format format;
-    int size;
+    int size;  // the rest of a row of `into` becomes 0
     Buffer into;
     void run(Program&, const Step&, int thread) override;
 };
@@ -124,7 +124,7 @@ struct AddNorm : Program::Op {
     Buffer x, delta = -1, out;
     bool exchanged = false, of_logits = false;
     const float* weight;
-    int size;
+    int count;  // numbers of a row; those behind them are 0
     float eps;
     int roots_per_rank[kMaxRoots];
     int addition_count = 0;
@@ -152,6 +152,7 @@ struct Best : Program::Op {
 struct RopeStore : Program::Op {
     Buffer qkv;
     int heads;
+    int head_dim;            // that of the model; the KV memory's may be filled up
     const float *cos, *sin;  // [positions][head_dim / 2]
     const KVLayer* kv;
     void run(Program&, const Step&, int thread) override;
@@ -163,6 +164,7 @@ struct Attend : Program::Op {
     std::vector<int32_t> out_column;  // of each head
     const KVLayer* kv;
     int window;
+    float scale;  // of the scores
     void run(Program&, const Step&, int thread) override;
 };
 

@@ -142,7 +142,8 @@ struct Kernels {
     int32_t tile_tokens;
     void (*linear)(const Weight&, const Activations&, const Output&, int block_begin, int block_end);
     // Sizes and counts are multiples of 32: what is too long is filled up with zeros.
-    void (*rms_norm)(const float* x, const float* weight, int size, float eps, float* out);
+    // The mean is over `count` numbers; behind them stand zeros.
+    void (*rms_norm)(const float* x, const float* weight, int size, int count, float eps, float* out);
     void (*swiglu)(const float* gate, const float* up, int count, float* out);
     void (*quantize)(const float* x, int token, int group_begin, int group_end, int groups,
                      const Tiling& tiling, int weight_offset, const Quantized& out);

@@ -61,11 +61,21 @@ class Ops(Protocol):
     def table(self, rows: torch.Tensor) -> Weight:
         """The embedding [vocabulary, hidden], a mapped file that is not copied."""
 
-    def weight(self, rows: torch.Tensor, *, head: bool = False) -> Weight:
-        """A weight [N, K] whose outputs are this rank's. `head`: its outputs are logits."""
+    def weight(
+        self, rows: torch.Tensor, *, head_dim: int | None = None, head: bool = False
+    ) -> Weight:
+        """A weight [N, K] whose outputs are this rank's.
 
-    def row_weight(self, columns: torch.Tensor, widths: Sequence[int]) -> Weight:
-        """Columns [N, sum of widths] of a weight; one width for each owned virtual shard."""
+        head_dim: its outputs are attention heads of so many numbers. head: they are logits.
+        """
+
+    def row_weight(
+        self, columns: torch.Tensor, widths: Sequence[int], *, head_dim: int | None = None
+    ) -> Weight:
+        """Columns [N, sum of widths] of a weight; one width for each owned virtual shard.
+
+        head_dim: its inputs are attention heads of so many numbers.
+        """
 
     def block_bytes(self, layers: int, layout: HeadLayout) -> int:
         """Memory of one KV block over all layers."""

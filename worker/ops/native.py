@@ -7,6 +7,7 @@ with another communicator it comes back at each collective.
 """
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from worker.native.api import (
     Matrix,
     Pool,
     StepArrays,
+    filled_up,
     groups_of,
     int32s,
     made,
@@ -45,10 +47,8 @@ _DONE = -1
 
 def why_not_native(config: ModelConfig) -> str | None:
     """What keeps the native kernels from computing this model; None: nothing."""
-    if config.hidden_size % GROUP:
-        return f"hidden_size {config.hidden_size} is not a multiple of {GROUP}"
-    if config.head_dim % ROW_BLOCK or config.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {config.head_dim} is not a multiple of {ROW_BLOCK} up to {MAX_HEAD_DIM}"
+    if config.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {config.head_dim} is more than {MAX_HEAD_DIM}"
     return None
 
 
@@ -151,20 +151,33 @@ class NativeOps:
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         """See Ops."""
-        return values.float().contiguous()
+        return _zeros_behind(values.float(), filled_up(len(values), GROUP))
 
     def table(self, rows: torch.Tensor) -> torch.Tensor:
         """See Ops."""
         return rows
 
-    def weight(self, rows: torch.Tensor, *, head: bool = False) -> Matrix:
+    def weight(
+        self, rows: torch.Tensor, *, head_dim: int | None = None, head: bool = False
+    ) -> Matrix:
         """See Ops."""
+        if head_dim is not None:  # a head's outputs are whole vectors, zeros where it has no more
+            rows = _zeros_behind(rows.view(-1, head_dim, rows.shape[1]), _filled_head(head_dim), 1)
+            rows = rows.reshape(-1, rows.shape[2])
         # Sixteen levels are few for logits, which decide between tokens of like probability.
         dtype = "int8" if head and self._dtype == "int4" else self._dtype
         return self._pack(rows, dtype, [rows.shape[1]], [0], [0])
 
-    def row_weight(self, columns: torch.Tensor, widths: Sequence[int]) -> Matrix:
+    def row_weight(
+        self, columns: torch.Tensor, widths: Sequence[int], *, head_dim: int | None = None
+    ) -> Matrix:
         """See Ops."""
+        columns = _zeros_behind(columns, filled_up(len(columns), GROUP))
+        if head_dim is not None:
+            filled = _filled_head(head_dim)
+            columns = _zeros_behind(columns.view(len(columns), -1, head_dim), filled, 2)
+            columns = columns.reshape(len(columns), -1)
+            widths = [width // head_dim * filled for width in widths]
         additions, roots = [], []
         for root, subtree in enumerate(aligned_subtrees(self._mine)):
             for leaf in range(len(subtree)):
@@ -188,7 +201,7 @@ class NativeOps:
     def block_bytes(self, layers: int, layout: HeadLayout) -> int:
         """See Ops."""
         scale = _INT8_SCALE_BYTES if self._kv_dtype == "int8" else 0
-        row = layout.head_dim * _KV_BYTES[self._kv_dtype] + scale
+        row = _filled_head(layout.head_dim) * _KV_BYTES[self._kv_dtype] + scale
         return 2 * layers * len(layout.kv_heads) * BLOCK_TOKENS * row
 
     def allocate(
@@ -203,7 +216,11 @@ class NativeOps:
         library = self._library
         self._kv = made(
             library.tps_kv_new(
-                FORMATS[self._kv_dtype], layers, len(layout.kv_heads), layout.head_dim, blocks
+                FORMATS[self._kv_dtype],
+                layers,
+                len(layout.kv_heads),
+                _filled_head(layout.head_dim),
+                blocks,
             )
         )
         weakref.finalize(self, library.tps_kv_free, self._kv)
@@ -224,7 +241,7 @@ class NativeOps:
     def embed(self, table: torch.Tensor) -> Value:
         """See Ops."""
         size = table.shape[1]
-        out = Value(size, size)
+        out = Value(filled_up(size, GROUP), size)
         self._call("embed", table.data_ptr(), TORCH_FORMATS[table.dtype], size, out, keep=[table])
         return out
 
@@ -282,8 +299,9 @@ class NativeOps:
         heads, groups = len(layout.heads), _head_groups(layout)
         columns, width = _head_columns(layout)
         angles = (rope.cos.data_ptr(), rope.sin.data_ptr())
-        self._call("rope_store", qkv, heads, *angles, self._kv, layer, keep=[rope])
-        out = Value(width, heads * layout.head_dim)
+        d = layout.head_dim
+        self._call("rope_store", qkv, heads, d, *angles, self._kv, layer, keep=[rope])
+        out = Value(width, heads * d)
         self._call(
             "attention",
             qkv,
@@ -295,6 +313,7 @@ class NativeOps:
             columns.ctypes.data,
             heads,
             self._window,
+            1 / math.sqrt(d),
             keep=[groups, columns],
         )
         return out
@@ -360,15 +379,30 @@ class NativeOps:
         return float(self._library.tps_program_comm_seconds(self._program))
 
 
+def _filled_head(head_dim: int) -> int:
+    """Numbers that a head takes in buffers, weights and the KV memory."""
+    return filled_up(head_dim, ROW_BLOCK)
+
+
+def _zeros_behind(tensor: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
+    """The tensor with zeros behind it in one dimension, which then has `size` elements."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor.contiguous()
+    shape = [*tensor.shape]
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
 def _head_columns(layout: HeadLayout) -> tuple[Int32s, int]:
     """Where the output of each head stands in a row of o_proj's input, and how long that row is.
 
     Every virtual shard begins with a new group.
     """
-    columns, group = [], 0
+    columns, group, d = [], 0, _filled_head(layout.head_dim)
     for heads in layout.by_shard:
-        columns += [group * GROUP + i * layout.head_dim for i in range(len(heads))]
-        group += groups_of(len(heads) * layout.head_dim)
+        columns += [group * GROUP + i * d for i in range(len(heads))]
+        group += groups_of(len(heads) * d)
     return int32s(columns), group * GROUP
 
 

@@ -104,11 +104,15 @@ class TorchOps:
         """See Ops."""
         return rows
 
-    def weight(self, rows: torch.Tensor, *, head: bool = False) -> torch.Tensor:
+    def weight(
+        self, rows: torch.Tensor, *, head_dim: int | None = None, head: bool = False
+    ) -> torch.Tensor:
         """See Ops."""
         return self._count(rows.to(self._dtype))
 
-    def row_weight(self, columns: torch.Tensor, widths: Sequence[int]) -> RowWeight:
+    def row_weight(
+        self, columns: torch.Tensor, widths: Sequence[int], *, head_dim: int | None = None
+    ) -> RowWeight:
         """See Ops."""
         width = max(widths)
         batch = torch.zeros(len(widths), width, len(columns), dtype=self._dtype)
