@@ -1,6 +1,7 @@
 """What several test packages need: the reference material beside the project, if it is there."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,11 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = PROJECT.parent / "shared"
+
+
+def pytest_configure() -> None:
+    """Who is started in the background ignores Ctrl-C, and would have all that it starts ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
