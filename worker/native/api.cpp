@@ -34,26 +34,6 @@ struct OwnedWeight {
     Memory memory;
 };
 
-float number_at(const void* data, Format format, size_t index) {
-    if (format == kF32) {
-        float number;
-        memcpy(&number, static_cast<const uint8_t*>(data) + 4 * index, 4);
-        return number;
-    }
-    uint16_t half;
-    memcpy(&half, static_cast<const uint8_t*>(data) + 2 * index, 2);
-    float number;
-    if (format == kBF16) {
-        const uint32_t bits = uint32_t(half) << 16;
-        memcpy(&number, &bits, 4);
-        return number;
-    }
-    const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
-    const uint32_t bits = rest >= 0x7c00 ? sign | 0x7f800000 | (rest & 0x3ff) << 13 : sign | rest << 13;
-    memcpy(&number, &bits, 4);
-    return rest >= 0x7c00 ? number : number * 0x1p112f;
-}
-
 }  // namespace
 
 TPS_API int32_t tps_abi_version() { return 1; }
@@ -121,14 +101,16 @@ TPS_API void tps_weight_pack(Pool* pool, OwnedWeight* owned, const void* source,
     pool->run([&](int thread) {
         const size_t width = size_t(weight.groups) * kGroup;
         const auto rows = std::make_unique<float[]>(kRowBlock * width);
+        const auto row = std::make_unique<float[]>(columns);
         for (int block = thread; block < weight.row_blocks; block += pool->size()) {
             std::fill_n(rows.get(), kRowBlock * width, 0.0f);
             for (int r = 0; r < kRowBlock && block * kRowBlock + r < weight.rows; ++r) {
+                kernels()->embed(source, Format(source_format), block * kRowBlock + r, int(columns),
+                                 row.get());
+                const float* from = row.get();
                 float* to = rows.get() + r * width;
-                size_t from = size_t(block * kRowBlock + r) * columns;
                 for (int s = 0; s < weight.segments; ++s) {
-                    for (int k = 0; k < segment_columns[s]; ++k)
-                        to[k] = number_at(source, Format(source_format), from + k);
+                    std::copy_n(from, segment_columns[s], to);
                     from += segment_columns[s];
                     to += weight.segment_groups[s] * kGroup;
                 }

@@ -188,7 +188,7 @@ class Matrix:
     @property
     def padded_rows(self) -> int:
         """Its outputs, filled up to whole blocks."""
-        return -(-self.rows // ROW_BLOCK) * ROW_BLOCK
+        return filled_up(self.rows, ROW_BLOCK)
 
     @property
     def weight_offset(self) -> int:
@@ -202,7 +202,6 @@ class _Step(ctypes.Structure):
         ("sequence_count", ctypes.c_int32),
         ("logit_count", ctypes.c_int32),
         ("ids", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
         ("sequences", ctypes.c_void_p),
         ("logit_rows", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
@@ -238,7 +237,6 @@ class StepArrays:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be."""
         ids: list[int] = []
-        positions: list[int] = []
         rows: list[tuple[int, int, int, int, int]] = []
         logit_rows: list[int] = []
         table = b"".join([s.blocks for s in sequences])
@@ -248,10 +246,8 @@ class StepArrays:
             first = len(ids)
             if s.tokens:
                 ids += s.tokens
-                positions += range(s.start, s.start + len(s.tokens))
             else:
                 ids.append(int(last_tokens[s.slot]))
-                positions.append(s.start)
             rows.append((first, len(ids) - first, s.start, 0, at))
             at += len(s.blocks)
             if s.sampling is not None:
@@ -260,7 +256,6 @@ class StepArrays:
         self._reserve_tokens(tokens)
         self._table[: len(table) // 4] = np.frombuffer(table, dtype="<i4")
         self._ids[:tokens] = ids
-        self._positions[:tokens] = positions
         self._rows[: len(rows)] = rows
         self._logit_rows[:wanted] = logit_rows
         if wanted * logit_columns > self._logits.size or wanted > len(self._best):
@@ -279,9 +274,7 @@ class StepArrays:
         if tokens > self._capacity:
             self._capacity = 2 * tokens
             self._ids = np.empty(self._capacity, dtype=np.int32)
-            self._positions = np.empty(self._capacity, dtype=np.int32)
             self._struct.ids = self._ids.ctypes.data
-            self._struct.positions = self._positions.ctypes.data
 
     def _reserve(self, sequences: int, blocks: int) -> None:
         if sequences > self._sequences:

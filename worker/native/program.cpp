@@ -230,7 +230,7 @@ void RopeStore::run(Program& program, const Step& step, int thread) {
     const Part part(step.tokens, thread, program.threads());
     for (int t = part.begin; t < part.end; ++t) {
         while (t >= step.sequences[sequence].first + step.sequences[sequence].count) ++sequence;
-        const int position = step.positions[t];
+        const int position = step.sequences[sequence].start + t - step.sequences[sequence].first;
         float* row = program.floats(qkv) + size_t(t) * program.width(qkv);
         const size_t angles = size_t(position) * half;
         for (int head = 0; head < heads + kv_heads; ++head)

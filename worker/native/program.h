@@ -15,7 +15,6 @@ namespace tps {
 struct Step {
     int32_t tokens, sequence_count, logit_count;
     const int32_t* ids;         // [tokens]
-    const int32_t* positions;   // [tokens]
     const Sequence* sequences;  // [sequence_count]; their tokens follow each other in the batch
     const int32_t* logit_rows;  // [logit_count]: the tokens whose successors are wanted
     float* logits;              // [logit_count][logit_stride]

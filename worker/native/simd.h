@@ -93,8 +93,6 @@ TPS_INLINE f32x16 load_i8(const int8_t* p) {
 TPS_INLINE i32x16 round_to_i32(f32x16 v) { return _mm512_cvtps_epi32(v); }
 TPS_INLINE f32x16 to_float(i32x16 v) { return _mm512_cvtepi32_ps(v); }
 TPS_INLINE i32x16 set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
-TPS_INLINE i32x16 zero_i32() { return _mm512_setzero_si512(); }
-TPS_INLINE i32x16 add_i32(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
 TPS_INLINE f32x16 scale_by_power(f32x16 v, f32x16 magic) {  // see exp
     const __m512i power = _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(magic), 23),
                                            _mm512_set1_epi32(0x3f800000));
@@ -181,10 +179,6 @@ TPS_INLINE f32x16 load_i8(const int8_t* p) {
 TPS_INLINE i32x16 round_to_i32(f32x16 v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 TPS_INLINE f32x16 to_float(i32x16 v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 TPS_INLINE i32x16 set1_i32(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
-TPS_INLINE i32x16 zero_i32() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-TPS_INLINE i32x16 add_i32(i32x16 x, i32x16 y) {
-    return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
-}
 TPS_INLINE __m256 scaled_half(__m256 v, __m256 magic) {
     const __m256i power = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(magic), 23),
                                            _mm256_set1_epi32(0x3f800000));
@@ -274,8 +268,6 @@ TPS_INLINE f32x16 load_i8(const int8_t* p) { TPS_LANES(f32x16, float(p[i])); }
 TPS_INLINE i32x16 round_to_i32(f32x16 v) { TPS_LANES(i32x16, int32_t(std::nearbyint(v.v[i]))); }
 TPS_INLINE f32x16 to_float(i32x16 v) { TPS_LANES(f32x16, float(v.v[i])); }
 TPS_INLINE i32x16 set1_i32(int32_t v) { TPS_LANES(i32x16, v); }
-TPS_INLINE i32x16 zero_i32() { TPS_LANES(i32x16, 0); }
-TPS_INLINE i32x16 add_i32(i32x16 a, i32x16 b) { TPS_LANES(i32x16, a.v[i] + b.v[i]); }
 TPS_INLINE f32x16 scale_by_power(f32x16 v, f32x16 magic) {
     f32x16 r;
     for (int i = 0; i < 16; ++i) {
