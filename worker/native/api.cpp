@@ -36,7 +36,7 @@ struct OwnedWeight {
 
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 1; }
+TPS_API int32_t tps_abi_version() { return 2; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
