@@ -52,8 +52,8 @@ def work(rank: int, epoch: int, address: str, step_s: float) -> None:
             case AllocateKV(model=model):
                 socket.send(encode(Allocated(rank=rank, epoch=epoch, model=model)))
             case StepPlan() as plan:
-                until = time.perf_counter() + step_s
-                sampled = sum(s.sampling is not None for s in plan.sequences)
+                until = time.perf_counter() + step_s * plan.passes
+                sampled = plan.passes * sum(s.sampling is not None for s in plan.sequences)
                 result = StepResult(
                     rank=rank,
                     epoch=epoch,

@@ -115,21 +115,37 @@ class Desk:
             prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)
             self._stream(job, prompt)
 
-    def sampled(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
-        """A sequence has got its next token, and perhaps its last one."""
+    def sampled(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs | None],
+    ) -> None:
+        """A sequence has got its next tokens; if one ends it, those after that one do not count.
+
+        logprobs: as `tokens`, or empty.
+        """
         job = self._jobs[sequence.job_key]
-        if token < 0:
-            self._fail(job, TpserveError("the model computed values that are not numbers"))
-            return
-        text = sequence.append(token)
-        self._metrics.totals.tokens_generated += 1
-        details = []
-        if logprobs is not None:
-            details = [self._models[job.model].text.describe(token, logprobs)]
-            sequence.logprobs += details
+        text, used, details = "", 0, []
+        for token in tokens:
+            if token < 0:
+                self._fail(job, TpserveError("the model computed values that are not numbers"))
+                return
+            text += sequence.append(token)
+            if logprobs and (found := logprobs[used]) is not None:
+                details.append(self._models[job.model].text.describe(token, found))
+            used += 1
+            if sequence.finish_reason is not None:
+                break
+        self._metrics.totals.tokens_generated += used
+        sequence.logprobs += details
         if job.request.stream:
             event = Token(
-                id=job.id, text=text, token_ids=[token], index=sequence.index, logprobs=details
+                id=job.id,
+                text=text,
+                token_ids=tokens[:used],
+                index=sequence.index,
+                logprobs=details,
             )
             self.publish(job.client, event)
         if sequence.finish_reason is not None:

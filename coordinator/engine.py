@@ -36,8 +36,12 @@ class SentStep:
     """A plan whose result has not come back."""
 
     step: int
+    model: ServedModel
     sampled: list[Sequence]
+    passes: int
     sent_at: float
+    decodes: bool
+    """No sequence reads more than one token."""
 
 
 class Engine:
@@ -58,6 +62,9 @@ class Engine:
         self._frontend = frontend
         self._desk = Desk(settings, models, frontend, self.metrics)
         self._sent: deque[SentStep] = deque()
+        self._step = 0
+        """Number of the last plan."""
+        self._committed_at = 0.0
         self._turns = deque(models)
         self._restarts: deque[float] = deque()
         self._stop_requested = False
@@ -126,24 +133,30 @@ class Engine:
         while len(self._sent) < self.settings.pipeline_depth and idle < len(self._turns):
             model = self.models[self._turns[0]]
             self._turns.rotate(-1)
-            planned = model.scheduler.plan() if model.scheduler is not None else None
+            planned = model.scheduler.plan(model.pace.passes) if model.scheduler is not None else None
             if planned is None:
                 idle += 1
                 continue
             idle = 0
             now, totals = time.monotonic(), self.metrics.totals
-            totals.steps += 1
-            totals.sequence_steps += len(planned.sequences)
-            totals.tokens_computed += sum(len(s.tokens) or 1 for s in planned.sequences)
+            tokens = sum(len(s.tokens) or 1 for s in planned.sequences)
+            decodes = tokens == len(planned.sequences)
+            self._step += 1
+            totals.steps += planned.passes
+            totals.sequence_steps += len(planned.sequences) * planned.passes
+            totals.tokens_computed += tokens * planned.passes
             for job in planned.started:
                 self._desk.started(job)
-            self._sent.append(SentStep(totals.steps, planned.sampled, now))
+            self._sent.append(
+                SentStep(self._step, model, planned.sampled, planned.passes, now, decodes)
+            )
             self.cluster.send_plan(
                 StepPlan(
                     epoch=self.cluster.epoch,
-                    step=totals.steps,
+                    step=self._step,
                     model=model.name,
                     sequences=planned.sequences,
+                    passes=planned.passes,
                     copies=planned.copies,
                 )
             )
@@ -172,10 +185,13 @@ class Engine:
     def _commit(self, result: StepResult) -> None:
         sent = self._sent.popleft()
         assert sent.step == result.step, "workers answer in order"
-        logprobs = result.logprobs or [None] * len(result.tokens)
-        for sequence, token, logprob in zip(sent.sampled, result.tokens, logprobs, strict=True):
+        now, rows = time.monotonic(), len(sent.sampled)
+        if sent.decodes:
+            sent.model.pace.took(now - max(sent.sent_at, self._committed_at), sent.passes)
+        self._committed_at = now
+        for row, sequence in enumerate(sent.sampled):
             if not sequence.finished:  # else it ended while this step was under way
-                self._desk.sampled(sequence, token, logprob)
+                self._desk.sampled(sequence, result.tokens[row::rows], result.logprobs[row::rows])
         if not self.ready and not self._desk.tests_pending:
             self._become_ready()
 

@@ -26,6 +26,8 @@ class PlannedStep:
     sampled: list[Sequence]
     started: list[Job]
     """Jobs that run for the first time."""
+    passes: int
+    """Tokens that each of `sampled` gets."""
 
 
 class Scheduler:
@@ -46,8 +48,11 @@ class Scheduler:
         """Tokens that the KV cache holds."""
         return self.pool.total * BLOCK_TOKENS
 
-    def plan(self) -> PlannedStep | None:
-        """The next step, or None when there is nothing to compute now."""
+    def plan(self, most_passes: int) -> PlannedStep | None:
+        """The next step, or None when there is nothing to compute now.
+
+        While all sequences decode, it may have up to `most_passes` forward passes.
+        """
         budget = self._max_batched_tokens
         chunks: list[tuple[Sequence, int]] = []
         readers = {s for s in self.running if s.computed < s.prompt_tokens}
@@ -57,17 +62,19 @@ class Scheduler:
         wanted = [(pending, s) for s in self.running if (pending := s.pending)]
         if readers:
             wanted.sort(key=lambda item: item[0] > 1)
+        passes = self._passes(wanted, most_passes)
         for pending, sequence in wanted:
             count = min(pending, budget)
             if sequence.slot < 0 or count == 0:
                 continue  # preempted in this very loop, or the budget is used up
-            if sequence.computed + count > len(sequence.blocks) * BLOCK_TOKENS:
-                short = not self._make_room(sequence, count) or short
+            end = sequence.computed + count + passes - 1
+            if end > len(sequence.blocks) * BLOCK_TOKENS:
+                short = not self._make_room(sequence, end) or short
             chunks.append((sequence, count))
             budget -= count
         if short:  # who was preempted, perhaps after it had been given a chunk, does not run
             chunks = [(s, n) for s, n in chunks if s.slot >= 0]
-        steps = [self._step(sequence, count) for sequence, count in chunks]
+        steps = [self._step(sequence, count, passes) for sequence, count in chunks]
         started: list[Job] = []
         # While memory is short nobody new comes in, least of all who has just been preempted.
         while budget and not short and self._free_slots:
@@ -89,7 +96,7 @@ class Scheduler:
             return None
         copies, self._copies = self._copies, []
         sampled = [s for (s, _), step in zip(chunks, steps, strict=True) if step.sampling]
-        return PlannedStep(steps, copies, sampled, started)
+        return PlannedStep(steps, copies, sampled, started, passes)
 
     def end(self, sequence: Sequence) -> None:
         """A sequence of a started job is done, failed or cancelled: give back all it holds."""
@@ -99,6 +106,19 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self._returning.remove(sequence)
+
+    def _passes(self, wanted: list[tuple[int, Sequence]], most: int) -> int:
+        """How many passes the next step has; those who wait to start or read should not wait longer."""
+        newcomers = self._returning or self.queue.peek() is not None
+        if most == 1 or not wanted or (newcomers and self._free_slots):
+            return 1
+        if len(wanted) > self._max_batched_tokens or any(pending > 1 for pending, _ in wanted):
+            return 1
+        passes = min(most, *(s.remaining for _, s in wanted))
+        blocks = sum(
+            -(-(s.computed + passes) // BLOCK_TOKENS) - len(s.blocks) for _, s in wanted
+        )
+        return passes if blocks <= self.pool.available else 1
 
     def _next_waiting(self, readers: AbstractSet[Sequence]) -> tuple[Sequence | None, Job | None]:
         """Who may start now, and its job if that has not started yet.
@@ -165,12 +185,12 @@ class Scheduler:
             found.append(block)
         return found
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Blocks for `count` more positions; False if somebody had to be preempted for them.
+    def _make_room(self, sequence: Sequence, end: int) -> bool:
+        """Blocks for the positions up to `end`; False if somebody had to be preempted for them.
 
         The youngest is, which may be the sequence itself.
         """
-        wanted = -(-(sequence.computed + count) // BLOCK_TOKENS) - len(sequence.blocks)
+        wanted = -(-end // BLOCK_TOKENS) - len(sequence.blocks)
         enough = wanted <= self.pool.available
         while wanted > self.pool.available:
             youngest = self.running[-1]
@@ -192,8 +212,8 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot, sequence.computed, sequence.published = -1, 0, 0
 
-    def _step(self, sequence: Sequence, count: int) -> SequenceStep:
-        """The message for a chunk; after it the sequence counts as computed so far."""
+    def _step(self, sequence: Sequence, count: int, passes: int = 1) -> SequenceStep:
+        """The message for a chunk; after its passes the sequence counts as computed so far."""
         start, end = sequence.computed, sequence.computed + count
         samples = end == len(sequence.tokens) + sequence.in_flight
         known = end <= len(sequence.tokens)
@@ -208,9 +228,9 @@ class Scheduler:
             else None,
         )
         sequence.fresh_in_slot = False
-        sequence.computed = end
-        sequence.in_flight += samples
-        if end // BLOCK_TOKENS > sequence.published:
+        sequence.computed = end + passes - 1
+        sequence.in_flight += passes if samples else 0
+        if sequence.computed // BLOCK_TOKENS > sequence.published:
             self._publish(sequence)
         return step
 

@@ -68,9 +68,12 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Positions to compute before the next token can be sampled; 0 when none may follow."""
-        if self.new_tokens + self.in_flight >= self.max_new_tokens:
-            return 0
-        return len(self.tokens) + self.in_flight - self.computed
+        return len(self.tokens) + self.in_flight - self.computed if self.remaining > 0 else 0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be asked for."""
+        return self.max_new_tokens - self.new_tokens - self.in_flight
 
     def digest(self, block: int) -> bytes:
         """Digest of full block number `block` and all before it; its tokens must be known."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from coordinator.cluster import ModelOnWorkers
 from coordinator.jobs import JobQueue
+from coordinator.pace import Pace
 from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
@@ -28,6 +29,7 @@ class ServedModel:
     text: TextModel
     on_workers: ModelOnWorkers
     queue: JobQueue
+    pace: Pace
     scheduler: Scheduler | None = None
     """None until the workers have loaded the model."""
 
@@ -82,6 +84,7 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
             max_model_len=min(limit, config.max_positions),
         ),
         queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),
+        pace=Pace(settings.steps_per_plan),
     )
 
 

@@ -506,12 +506,14 @@ class BlockCopy(Struct, frozen=True, array_like=True):
 
 
 class StepPlan(_ToWorker, frozen=True, kw_only=True, tag="step"):
-    """One forward pass of one model. Complete: workers add only weights, KV and last tokens."""
+    """Forward passes of one model. Complete: workers add only weights, KV and last tokens."""
 
     epoch: int
     step: int
     model: str
     sequences: list[SequenceStep]
+    passes: int = 1
+    """More than one: all sequences decode, and each pass goes on from the tokens of the one before."""
     copies: list[BlockCopy] = []
 
 
@@ -570,7 +572,7 @@ class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
 
     step: int
     tokens: list[int]
-    """-1: this sequence's logits were not finite numbers."""
+    """Pass after pass. -1: this sequence's logits were not finite numbers."""
     logprobs: list[TokenLogprobs | None] = []
     """As `tokens`, with None where they are not wanted; empty if nobody wants them."""
 

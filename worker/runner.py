@@ -5,6 +5,7 @@ Holds what outlives a step: the models, their KV memory and the last sampled tok
 
 import ctypes
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import CommError
-from shared.messages import AllocateKV, LoadModel, StepPlan
+from shared.messages import AllocateKV, LoadModel, SequenceStep, StepPlan
 from shared.model_config import read_model_config
 from shared.sharding import ModelShards
 from worker.comm.base import Communicator
@@ -84,15 +85,25 @@ class Runner:
         model.last_tokens = np.zeros(order.slots, dtype=np.int64)
 
     def step(self, plan: StepPlan) -> Sampled:
-        """Run one plan; a token for each sequence that wants one, in the plan's order."""
+        """Run one plan; a token for each sequence that wants one, in the plan's order, pass after pass."""
         model = self._models[plan.model]
         for copy in plan.copies:
             model.ops.copy_block(copy.source, copy.target)
         for s in plan.sequences:
             if s.history is not None:
                 model.sampler.begin(s.slot, s.history)
-        logits = model.ops.run(plan.sequences, model.last_tokens)
-        sampled = [(s, s.sampling) for s in plan.sequences if s.sampling is not None]
+        sequences = plan.sequences
+        sampled = self._pass(model, sequences)
+        for _ in range(1, plan.passes):
+            sequences = [following(s) for s in sequences]
+            further = self._pass(model, sequences)
+            sampled.tokens.extend(further.tokens)
+            sampled.logprobs.extend(further.logprobs)
+        return sampled
+
+    def _pass(self, model: LoadedModel, sequences: Sequence[SequenceStep]) -> Sampled:
+        logits = model.ops.run(sequences, model.last_tokens)
+        sampled = [(s, s.sampling) for s in sequences if s.sampling is not None]
         if not sampled:
             return Sampled(tokens=[], logprobs=[])
         positions = [s.start + max(len(s.tokens), 1) for s, _ in sampled]
@@ -105,6 +116,13 @@ class Runner:
     def comm_seconds(self) -> float:
         """Time that models spent in collectives which the communicator did not see."""
         return sum(model.ops.comm_seconds for model in self._models.values())
+
+
+def following(step: SequenceStep) -> SequenceStep:
+    """What a sequence that decodes does in the pass after this one."""
+    return SequenceStep(
+        slot=step.slot, start=step.start + 1, tokens=[], blocks=step.blocks, sampling=step.sampling
+    )
 
 
 def _give_memory_back() -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 
 from coordinator.job import Job
 from coordinator.jobs import JobQueue
+from coordinator.pace import Pace
 from coordinator.scheduler import PlannedStep, Scheduler
 from coordinator.sequence import Sequence
 from coordinator.text import Detokenizer
@@ -41,12 +42,18 @@ class PaperWorker:
         for copy in plan.copies:
             a, b = copy.source * BLOCK_TOKENS, copy.target * BLOCK_TOKENS
             self.memory[b : b + BLOCK_TOKENS] = self.memory[a : a + BLOCK_TOKENS]
+        sampled = []
+        for number in range(plan.passes):
+            sampled += self._pass(plan, number)
+        return sampled
+
+    def _pass(self, plan: PlannedStep, number: int) -> list[int]:
         tables = []
         for step in plan.sequences:
-            tokens = step.tokens or [self.last[step.slot]]
-            table = array("i", step.blocks)
-            tables.append((table, step.start + len(tokens)))
-            for at, token in enumerate(tokens, step.start):
+            tokens = [self.last[step.slot]] if number or not step.tokens else step.tokens
+            table, start = array("i", step.blocks), step.start + number
+            tables.append((table, start + len(tokens)))
+            for at, token in enumerate(tokens, start):
                 self.memory[table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS] = token
         sampled = []
         for step, (table, length) in zip(plan.sequences, tables, strict=True):
@@ -109,7 +116,10 @@ def queue() -> JobQueue:
 class Desk:
     """What the engine does around a scheduler, step by step."""
 
-    def __init__(self, blocks: int, slots: int, depth: int = 1, budget: int = MAX_TOKENS) -> None:
+    def __init__(
+        self, blocks: int, slots: int, depth: int = 1, budget: int = MAX_TOKENS, passes: int = 1
+    ) -> None:
+        self.passes = passes
         self.queue = queue()
         self.scheduler = Scheduler(self.queue, blocks, slots, budget)
         self.worker = PaperWorker(blocks, slots)
@@ -119,13 +129,17 @@ class Desk:
 
     def step(self) -> PlannedStep | None:
         """Plan as far ahead as allowed, then take the oldest result; its plan."""
-        while len(self.sent) < self.depth and (plan := self.scheduler.plan()) is not None:
+        while len(self.sent) < self.depth:
+            plan = self.scheduler.plan(self.passes)
+            if plan is None:
+                break
             self.started += plan.started
             self.sent.append((plan, self.worker.run(plan)))
         if not self.sent:
             return None
         plan, tokens = self.sent.popleft()
-        for sequence, token in zip(plan.sampled, tokens, strict=True):
+        assert len(tokens) == plan.passes * len(plan.sampled)
+        for sequence, token in zip(plan.sampled * plan.passes, tokens, strict=True):
             if not sequence.finished:
                 sequence.append(token)
                 if sequence.finish_reason is not None:
@@ -140,11 +154,12 @@ class Desk:
                 self.scheduler.end(sequence)
 
 
+@pytest.mark.parametrize("passes", [1, 3, 8])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("blocks", [12, 20, 200])
-def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int) -> None:
+def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int, passes: int) -> None:
     """Mixed lengths, shared prefixes, several answers, some cancelled, too little memory for all."""
-    random.seed(blocks * 10 + depth)
+    random.seed(blocks * 100 + depth * 10 + passes)
     common = [random.randrange(VOCABULARY) for _ in range(40)]
     jobs = []
     for i in range(40):
@@ -153,7 +168,7 @@ def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int) -> None
         n = random.choice([1, 1, 2, 4])
         kind: Kind = random.choice(["story", "chat"])
         jobs.append(job(str(i), prompt, random.randrange(1, 60), n=n, kind=kind))
-    desk = Desk(blocks, slots=8, depth=depth)
+    desk = Desk(blocks, slots=8, depth=depth, passes=passes)
     arrivals: deque[Job] = deque(jobs)
     cancelled: list[Job] = []
     while arrivals or not all(j.finished for j in jobs if j not in cancelled):
@@ -308,3 +323,45 @@ def test_a_cancelled_job_leaves_the_queue_and_its_turn_to_the_next() -> None:
     waiting.remove(jobs[0])
     assert waiting.peek() is jobs[1]
     assert waiting.tokens == 4
+
+
+def test_steps_share_a_plan_only_while_nobody_waits_for_them() -> None:
+    desk = Desk(200, slots=2, passes=8)
+    desk.queue.add(job("first", [1, 2, 3], 20, eos=-1))
+    plans = [desk.step(), desk.step()]
+    assert [plan.passes for plan in plans if plan] == [1, 8], "the prompt, then tokens"
+    desk.queue.add(job("second", [4] * 70, 20, eos=-1))
+    plan = desk.step()
+    assert plan is not None
+    assert plan.passes == 1, "the second one comes in"
+    plan = desk.step()
+    assert plan is not None
+    assert plan.passes == 1, "and reads the rest of its prompt"
+    desk.queue.add(job("third", [5], 20, eos=-1))
+    plan = desk.step()
+    assert plan is not None
+    assert plan.passes == 8, "without a free slot the third one waits anyway"
+
+
+def test_no_sequence_is_computed_beyond_its_last_token() -> None:
+    desk = Desk(200, slots=2, passes=8)
+    desk.queue.add(job("a", [1], 5, eos=-1))
+    desk.queue.add(job("b", [1], 30, eos=-1))
+    passes = []
+    while (plan := desk.step()) is not None:
+        passes.append(plan.passes)
+    assert passes == [1, 4, 8, 8, 8, 1]
+
+
+def test_short_steps_share_a_plan_and_long_ones_do_not() -> None:
+    pace = Pace(8)
+    assert pace.passes == 1, "nothing has been measured yet"
+    for _ in range(100):
+        pace.took(0.0004 * pace.passes, pace.passes)
+    assert pace.passes == 5
+    for _ in range(100):
+        pace.took(0.0001 * pace.passes, pace.passes)
+    assert pace.passes == 8
+    for _ in range(100):
+        pace.took(0.03 * pace.passes, pace.passes)
+    assert pace.passes == 1

@@ -154,6 +154,25 @@ def test_the_same_request_gives_the_same_tokens_whatever_runs_beside_it(client: 
         other.cancel()
 
 
+def test_steps_that_share_a_plan_change_no_answer(story_model: Path) -> None:
+    many: list[SamplingOptions] = [
+        {"temperature": 0, "max_tokens": 37},
+        {"temperature": 0.8, "seed": 4, "max_tokens": 60, "logprobs": 2},
+        {"temperature": 1, "seed": 5, "frequency_penalty": 0.5, "stop": [" and"]},
+        {"temperature": 1, "seed": 6, "n": 3, "max_tokens": 50, "top_k": 30},
+    ]
+    answers = []
+    for steps in ("1", "8"):
+        flags = ("--model", f"story={story_model}", "--steps-per-plan", steps)
+        with Server(*flags) as server, Client(server.wait_ready()) as own:
+            alone = [own.story(PROMPT, **options).result() for options in many]
+            streams = [own.story(PROMPT, **options) for options in many]
+            together = [stream.result() for stream in streams]
+        assert [done.choices for done in alone] == [done.choices for done in together]
+        answers.append([done.choices for done in alone])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

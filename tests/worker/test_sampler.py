@@ -2,7 +2,7 @@
 
 import functools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,6 +32,7 @@ from worker.comm.base import Floats
 from worker.comm.open import open_communicator
 from worker.runner import Runner
 from worker.sampling.candidates import best
+from worker.sampling.sampler import Sampled
 
 WORLDS = (1, 2, 3, 8)
 VOCABULARIES = (1, 5, 40, 200, 2000)
@@ -376,17 +377,22 @@ def test_the_best_columns_are_those_of_a_stable_sort(width: int, count: int) -> 
 # --- in the runner --------------------------------------------------------------------------------
 
 
-def test_the_runner_penalises_tokens_that_no_plan_has_named_yet(
-    make_checkpoint: Callable[..., Path],
-) -> None:
-    """Plans are sent before the tokens of earlier ones are known: the worker must count itself."""
+@pytest.fixture
+def runner(make_checkpoint: Callable[..., Path]) -> Iterator[Runner]:
+    """With a model "m" and room for two sequences."""
     comm = open_communicator(CommSetup(kind="local", rank=0, owned=[(0, 8)], deadline_s=60), None)
     runner = Runner(comm, [range(8)], virtual_shards=8)
     folder = make_checkpoint("tiny-gqa")
     runner.load(
         LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=64)
     )
-    runner.allocate(AllocateKV(model="m", blocks=4, slots=2, tokens=64))
+    runner.allocate(AllocateKV(model="m", blocks=8, slots=2, tokens=64))
+    yield runner
+    comm.close()
+
+
+def test_the_runner_penalises_tokens_that_no_plan_has_named_yet(runner: Runner) -> None:
+    """Plans are sent before the tokens of earlier ones are known: the worker must count itself."""
     blocks = np.arange(4, dtype="<i4").tobytes()
     prompt, earlier = [5, 6, 7], [8, 9]
     # So much that no token comes twice, and none that the answer had before.
@@ -402,4 +408,35 @@ def test_the_runner_penalises_tokens_that_no_plan_has_named_yet(
         assert logprobs.chosen <= logprobs.top[0][1]
         tokens += sampled.tokens
     assert len({*tokens, *earlier}) == 22
-    comm.close()
+
+
+def test_steps_that_share_a_plan_sample_as_steps_with_plans_of_their_own(runner: Runner) -> None:
+    blocks = [np.arange(4, dtype="<i4").tobytes(), np.arange(4, 8, dtype="<i4").tobytes()]
+    prompts = [[5, 6, 7], [8, 9]]
+    sampling = [
+        replace(GREEDY, temperature=0.9, top_k=20, seed=3, logprobs=1),
+        replace(GREEDY, frequency_penalty=1.0),
+    ]
+
+    def generate(passes: list[int]) -> list[Sampled]:
+        starts = [
+            SequenceStep(i, 0, prompts[i], blocks[i], sampling[i], history(prompts[i], []))
+            for i in range(2)
+        ]
+        found = [runner.step(StepPlan(epoch=1, step=0, model="m", sequences=starts))]
+        done = 0
+        for count in passes:
+            further = [
+                SequenceStep(i, len(prompts[i]) + done, [], blocks[i], sampling[i])
+                for i in range(2)
+            ]
+            plan = StepPlan(epoch=1, step=1, model="m", sequences=further, passes=count)
+            found.append(runner.step(plan))
+            done += count
+        return found
+
+    apart, together = generate([1] * 12), generate([8, 4])
+    for part in ("tokens", "logprobs"):
+        one, other = ([x for s in run for x in getattr(s, part)] for run in (apart, together))
+        assert one == other
+        assert len(one) == 26
