@@ -133,7 +133,9 @@ class Engine:
         while len(self._sent) < self.settings.pipeline_depth and idle < len(self._turns):
             model = self.models[self._turns[0]]
             self._turns.rotate(-1)
-            planned = model.scheduler.plan(model.pace.passes) if model.scheduler is not None else None
+            planned = (
+                model.scheduler.plan(model.pace.passes) if model.scheduler is not None else None
+            )
             if planned is None:
                 idle += 1
                 continue

@@ -115,9 +115,7 @@ class Scheduler:
         if len(wanted) > self._max_batched_tokens or any(pending > 1 for pending, _ in wanted):
             return 1
         passes = min(most, *(s.remaining for _, s in wanted))
-        blocks = sum(
-            -(-(s.computed + passes) // BLOCK_TOKENS) - len(s.blocks) for _, s in wanted
-        )
+        blocks = sum(-(-(s.computed + passes) // BLOCK_TOKENS) - len(s.blocks) for _, s in wanted)
         return passes if blocks <= self.pool.available else 1
 
     def _next_waiting(self, readers: AbstractSet[Sequence]) -> tuple[Sequence | None, Job | None]:

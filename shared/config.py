@@ -77,7 +77,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         int, Meta(ge=1, le=8, description="step plans sent ahead; 1: wait for each result")
     ] = 2
     steps_per_plan: Annotated[
-        int, Meta(ge=1, le=64, description="decode steps that one plan may have while they are short")
+        int,
+        Meta(ge=1, le=64, description="decode steps that one plan may have while they are short"),
     ] = 8
     queue_limit: Annotated[int, Meta(ge=1, description="jobs that may wait")] = 1024
     queue_tokens: Annotated[

@@ -31,12 +31,12 @@ T* make(Args&&... args) {
 
 struct OwnedWeight {
     Weight weight;
-    Memory memory;
+    size_t bytes;
 };
 
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 2; }
+TPS_API int32_t tps_abi_version() { return 3; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
@@ -63,8 +63,12 @@ TPS_API int32_t tps_collective_exchange(Collective* collective) { return collect
 
 // --- weights --------------------------------------------------------------------------------------
 
+// Freed after all weights in it.
+TPS_API Arena* tps_arena_new() { return new (std::nothrow) Arena; }
+TPS_API void tps_arena_free(Arena* arena) { delete arena; }
+
 // segment_columns, additions, root: [segments]; see Weight.
-TPS_API OwnedWeight* tps_weight_new(int32_t format, int32_t rows, int32_t segments,
+TPS_API OwnedWeight* tps_weight_new(Arena* arena, int32_t format, int32_t rows, int32_t segments,
                                     const int32_t* segment_columns, const int32_t* additions,
                                     const int32_t* root, int32_t roots) {
     try {
@@ -82,15 +86,15 @@ TPS_API OwnedWeight* tps_weight_new(int32_t format, int32_t rows, int32_t segmen
             weight.root[s] = root[s];
             weight.groups += weight.segment_groups[s];
         }
-        owned->memory = Memory(weight.row_blocks * row_block_bytes(weight.format, weight.groups));
-        weight.data = owned->memory.data();
+        owned->bytes = weight.row_blocks * row_block_bytes(weight.format, weight.groups);
+        weight.data = arena->take(owned->bytes);
         return owned.release();
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
 }
 TPS_API void tps_weight_free(OwnedWeight* owned) { delete owned; }
-TPS_API size_t tps_weight_bytes(const OwnedWeight* owned) { return owned->memory.bytes(); }
+TPS_API size_t tps_weight_bytes(const OwnedWeight* owned) { return owned->bytes; }
 
 // Packs source [rows][sum of segment_columns], f32, bf16 or f16.
 TPS_API void tps_weight_pack(Pool* pool, OwnedWeight* owned, const void* source, int32_t source_format,

@@ -37,7 +37,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tps_isa_problem": (ctypes.c_char_p, ()),
     "tps_pool_new": (_POINTER, (_INT, _INT)),
     "tps_pool_free": (None, (_POINTER,)),
-    "tps_weight_new": (_POINTER, (_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
+    "tps_arena_new": (_POINTER, ()),
+    "tps_arena_free": (None, (_POINTER,)),
+    "tps_weight_new": (_POINTER, (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
     "tps_weight_free": (None, (_POINTER,)),
     "tps_weight_bytes": (ctypes.c_size_t, (_POINTER,)),
     "tps_weight_pack": (None, (_POINTER, _POINTER, _POINTER, _INT, _POINTER)),
@@ -147,12 +149,21 @@ class Pool:
         weakref.finalize(self, library.tps_pool_free, self.handle)
 
 
+class Arena:
+    """Memory for the weights of one model."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.handle = made(library.tps_arena_new())
+        weakref.finalize(self, library.tps_arena_free, self.handle)
+
+
 class Matrix:
     """A packed weight: struct Weight of tensors.h."""
 
     def __init__(
         self,
         pool: Pool,
+        arena: Arena,
         source: torch.Tensor,
         dtype: str,
         widths: Sequence[int],
@@ -164,8 +175,10 @@ class Matrix:
         # Held by names, because the library gets nothing but addresses.
         columns, to_add, to_root = int32s(widths), int32s(additions), int32s(roots)
         self.dtype, self.rows, self.roots = dtype, len(source), 1 + max(roots)
+        self._arena = arena  # must live as long as this does
         self.handle = made(
             library.tps_weight_new(
+                arena.handle,
                 FORMATS[dtype],
                 self.rows,
                 len(widths),

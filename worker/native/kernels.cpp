@@ -19,7 +19,7 @@ constexpr int kTileTokens = 6, kTileBlocks = 2;  // 24 of 32 registers hold sums
 constexpr int kTileTokens = 3, kTileBlocks = 1;  // 12 of 16
 #endif
 constexpr int kPrefetchBytes = 4096;
-constexpr int kStreams = 4;  // row blocks that one token reads side by side: more lines on their way
+constexpr int kStreams = 2;  // row blocks that one token reads side by side: more lines on their way
 constexpr size_t kChunkBytes = 384 << 10;  // of weights that stay in the L2 cache for all tiles
 constexpr int kStackDepth = 9;             // log2(kMaxSegments) + 1
 constexpr float kSmallest = 0x1p-100f;     // less than that is 0 in int8, as 127 over it may be infinite
@@ -69,12 +69,21 @@ TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB]
         for (int m = 0; m < MT; ++m) acc[b][m] = add(acc[b][m], odd[b][m]);
 }
 
-// Quantised weights: the products of a group are summed in integers, exactly; then scaled.
+// Quantised weights: the products of a group are summed in integers, exactly; then scaled. `left` are
+// the groups of the row blocks from the first one here on: what is fetched ahead skips what lies
+// between the numbers, or the scales, of a row block and those of the next one.
 template <Format format, int NB, int MT>
 TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB],
                                      const uint16_t* (&scales)[NB], const int8_t* x,
-                                     const float* x_scales, const int32_t* offsets, int groups) {
-    for (int g = 0; g < groups; ++g) {
+                                     const float* x_scales, const int32_t* offsets, int groups,
+                                     int left, int all_groups) {
+    constexpr int kAhead = kPrefetchBytes / kGroupBytes<format>, kScalesAhead = 32;
+    for (int g = 0; g < groups; ++g, --left) {
+        const size_t ahead =
+            kPrefetchBytes + (left > kAhead ? 0 : size_t(all_groups) * kRowBlock * sizeof(uint16_t));
+        const size_t scales_ahead = (kScalesAhead * kRowBlock) * sizeof(uint16_t) +
+                                    (left > kScalesAhead ? 0 : size_t(all_groups) * kGroupBytes<format>);
+        for (int b = 0; b < NB; ++b) __builtin_prefetch((const uint8_t*)scales[b] + scales_ahead);
         i32x16 dot[NB][MT];
         for (int b = 0; b < NB; ++b)
             for (int m = 0; m < MT; ++m) dot[b][m] = set1_i32(offsets[m]);
@@ -84,7 +93,7 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
                 bytes64 v[NB];
                 for (int b = 0; b < NB; ++b) {
                     v[b] = load_bytes(w[b] + 64 * k);
-                    __builtin_prefetch(w[b] + kPrefetchBytes + 64 * k);
+                    __builtin_prefetch(w[b] + ahead + 64 * k);
                 }
                 for (int m = 0; m < MT; ++m)
                     for (int b = 0; b < NB; ++b)
@@ -96,7 +105,7 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
                 bytes64 low[NB], high[NB];
                 for (int b = 0; b < NB; ++b) {
                     const bytes64 both = load_bytes(w[b] + 64 * k);
-                    __builtin_prefetch(w[b] + kPrefetchBytes + 64 * k);
+                    __builtin_prefetch(w[b] + ahead + 64 * k);
                     low[b] = low_nibbles(both);
                     high[b] = high_nibbles(both);
                 }
@@ -120,13 +129,15 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
     }
 }
 
+// Row blocks block, block + apart, ... and MT tokens from `token` on.
 template <Format format, int NB, int MT>
-void linear_tile(const Weight& weight, const Activations& x, const Output& out, int block, int token) {
+void linear_tile(const Weight& weight, const Activations& x, const Output& out, int block, int apart,
+                 int token) {
     const uint8_t* w[NB];
     const uint16_t* scales[NB];
     const size_t block_bytes = row_block_bytes(format, weight.groups);
     for (int b = 0; b < NB; ++b) {
-        w[b] = weight.data + (block + b) * block_bytes;
+        w[b] = weight.data + (block + b * apart) * block_bytes;
         scales[b] = (const uint16_t*)(w[b] + weight.groups * kGroupBytes<format>);
     }
     alignas(64) float stack[kStackDepth][NB][MT][16];
@@ -140,7 +151,7 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
             const size_t first = size_t(token) * x.groups + size_t(group) * MT;
             accumulate_quantized<format>(acc, w, scales, x.quantized.numbers + first * kGroup,
                                          x.quantized.scales + first, x.quantized.offsets + first,
-                                         groups);
+                                         groups, weight.groups - group, weight.groups);
         } else {
             const size_t stride = size_t(x.groups) * kGroup;
             accumulate_floats<format>(acc, w, x.floats + token * stride + group * kGroup, stride,
@@ -156,7 +167,7 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
             for (int m = 0; m < MT; ++m)
                 if (weight.root[s] >= 0)
                     store(out.y + weight.root[s] * out.root_stride +
-                              (token + m) * out.token_stride + (block + b) * kRowBlock,
+                              (token + m) * out.token_stride + (block + b * apart) * kRowBlock,
                           acc[b][m]);
                 else
                     store(stack[top][b][m], acc[b][m]);
@@ -168,11 +179,18 @@ template <Format format, int MT>
 void linear_tokens(const Weight& weight, const Activations& x, const Output& out, int begin, int end,
                    int token) {
     int block = begin;
-    constexpr int blocks = MT == 1 ? kStreams : kTileBlocks;
-    if constexpr (blocks > 1)
-        for (; block + blocks <= end; block += blocks)
-            linear_tile<format, blocks, MT>(weight, x, out, block, token);
-    for (; block < end; ++block) linear_tile<format, 1, MT>(weight, x, out, block, token);
+    if constexpr (MT == 1) {
+        // Each stream goes through neighbouring row blocks, so that what is fetched ahead at the end of
+        // one is the beginning of its next.
+        const int length = (end - begin) / kStreams;
+        for (; block < begin + length; ++block)
+            linear_tile<format, kStreams, 1>(weight, x, out, block, length, token);
+        block = begin + length * kStreams;
+    } else if constexpr (kTileBlocks > 1) {
+        for (; block + kTileBlocks <= end; block += kTileBlocks)
+            linear_tile<format, kTileBlocks, MT>(weight, x, out, block, 1, token);
+    }
+    for (; block < end; ++block) linear_tile<format, 1, MT>(weight, x, out, block, 1, token);
 }
 
 template <Format format, int MT = kTileTokens>

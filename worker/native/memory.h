@@ -7,8 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <vector>
 
 namespace tps {
+
+constexpr size_t kHugePage = size_t(2) << 20;
 
 class Memory {
   public:
@@ -35,8 +38,6 @@ class Memory {
     size_t bytes() const { return bytes_; }
 
   private:
-    static constexpr size_t kHugePage = size_t(2) << 20;
-
     void release() {
         if (data_ != nullptr) give_back(data_, bytes_);
         data_ = nullptr;
@@ -59,6 +60,36 @@ class Memory {
 
     uint8_t* data_ = nullptr;
     size_t bytes_ = 0;
+};
+
+// Memory for things that live and die together, in few large pieces: one by one, weights of a few
+// mebibytes would get ordinary pages for what lies before and behind their whole huge pages.
+class Arena {
+  public:
+    uint8_t* take(size_t bytes) {
+        if (bytes == 0) return nullptr;
+        bytes = (bytes + 63) / 64 * 64;
+        if (bytes > left_) {
+            left_ = bytes > kPiece ? (bytes + kHugePage - 1) / kHugePage * kHugePage : kPiece;
+            pieces_.emplace_back(left_ + kHugePage);
+            const size_t start = reinterpret_cast<size_t>(pieces_.back().data());
+            at_ = pieces_.back().data() + (kHugePage - start % kHugePage) % kHugePage;
+        }
+        uint8_t* taken = at_;
+        at_ += bytes;
+        left_ -= bytes;
+        return taken;
+    }
+
+  private:
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr size_t kPiece = 0;  // each for itself, so that the sanitizer sees its borders
+#else
+    static constexpr size_t kPiece = size_t(64) << 20;  // pages that nobody touches cost nothing
+#endif
+    std::vector<Memory> pieces_;
+    uint8_t* at_ = nullptr;
+    size_t left_ = 0;
 };
 
 }  // namespace tps

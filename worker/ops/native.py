@@ -27,6 +27,7 @@ from worker.native.api import (
     MAX_HEAD_DIM,
     ROW_BLOCK,
     TORCH_FORMATS,
+    Arena,
     Int32s,
     Matrix,
     Pool,
@@ -137,6 +138,7 @@ class NativeOps:
         self._roots_per_rank = int32s(tree.roots_per_rank)
         self._additions = int32s([i for pair in tree.global_additions for i in pair])
         self.weight_bytes = 0
+        self._arena = Arena(self._library)
         self._recorder = Recorder(self._library)
         self._operations = 0
         self._largest_sum = 0
@@ -194,7 +196,7 @@ class NativeOps:
         additions: Sequence[int],
         roots: Sequence[int],
     ) -> Matrix:
-        matrix = Matrix(self._pool, source, dtype, widths, additions, roots)
+        matrix = Matrix(self._pool, self._arena, source, dtype, widths, additions, roots)
         self.weight_bytes += matrix.bytes
         return matrix
 
