@@ -1,6 +1,6 @@
 """config.json -> ModelConfig: which architecture, sizes, rotary embedding, end-of-text ids.
 
-What the engine cannot compute is refused here by name, before any weight is read.
+An architecture is an entry of ARCHITECTURES. What the engine cannot compute is refused here by name, before any weight is read.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.errors import ModelError
+from shared.rope import Rope, read_rope
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, Dtype] = {
     "float32": "fp32",
@@ -28,6 +28,29 @@ Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
 
 
+class Architecture(Struct, frozen=True, kw_only=True):
+    """What a model_type means beyond the fields of its config.json; None: what the field says."""
+
+    qkv_bias: bool | None = False
+    output_bias: bool | None = False
+    """Of o_proj."""
+    mlp_bias: bool | None = False
+    head_norms: bool = False
+    """Queries and keys are normed head by head."""
+    window: Literal["none", "always", "switched"] = "none"
+    """Whether sliding_window counts: always, or only with use_sliding_window."""
+
+
+ARCHITECTURES = {
+    # Llama 2, 3, 3.x, TinyLlama, SmolLM2 and most that call themselves compatible.
+    "llama": Architecture(qkv_bias=None, output_bias=None, mlp_bias=None),
+    "mistral": Architecture(window="always"),
+    "qwen2": Architecture(qkv_bias=True, window="switched"),  # Qwen2, Qwen2.5
+    "qwen3": Architecture(qkv_bias=None, output_bias=None, head_norms=True, window="switched"),
+}
+"""By model_type. What an entry adds to a Llama is built in worker/model.py."""
+
+
 class ModelConfig(Struct, frozen=True, kw_only=True):
     """What the decoder needs to know of a model; sizes in elements."""
 
@@ -41,7 +64,11 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_positions: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    head_norms: bool
     sliding_window: int | None
     """A token attends to itself and the `sliding_window - 1` tokens before it; None: to all."""
     tie_word_embeddings: bool
@@ -53,8 +80,11 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     @property
     def parameters(self) -> int:
         """Number of weights; a tied embedding counts once."""
-        attention = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size + 2)
+        layer += self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
+        layer += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        layer += self.head_norms * 2 * self.head_dim
         embeddings = self.hidden_size * self.vocab_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -72,10 +102,11 @@ class _RawConfig(Struct, kw_only=True):
     vocab_size: Size
     max_position_embeddings: Size = 2048
     rms_norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
-    rope_theta: Annotated[float, Meta(gt=0)] = 10000.0
+    rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     sliding_window: Size | None = None
+    use_sliding_window: bool = False
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -129,7 +160,13 @@ def read_model_config(folder: Path) -> ModelConfig:
     if head_dim % 2:
         raise ModelError(f"{path}: head_dim {head_dim} is odd; rotary embedding needs an even one")
 
-    rope = raw.rope_parameters or {}
+    rope, max_positions = read_rope(
+        raw.rope_parameters or raw.rope_scaling or {},
+        raw.rope_theta,
+        raw.max_position_embeddings,
+        path,
+    )
+    kind = ARCHITECTURES[raw.model_type]
     eos = raw.eos_token_id if generation.eos_token_id is UNSET else generation.eos_token_id
     return ModelConfig(
         model_type=raw.model_type,
@@ -140,10 +177,14 @@ def read_model_config(folder: Path) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=raw.vocab_size,
-        max_positions=raw.max_position_embeddings,
+        max_positions=max_positions,
         rms_norm_eps=raw.rms_norm_eps,
-        rope_theta=_number(rope.get("rope_theta", raw.rope_theta), "rope_theta", path),
-        sliding_window=raw.sliding_window if raw.model_type == "mistral" else None,
+        rope=rope,
+        qkv_bias=raw.attention_bias if kind.qkv_bias is None else kind.qkv_bias,
+        output_bias=raw.attention_bias if kind.output_bias is None else kind.output_bias,
+        mlp_bias=raw.mlp_bias if kind.mlp_bias is None else kind.mlp_bias,
+        head_norms=kind.head_norms,
+        sliding_window=raw.sliding_window if kind.window == "always" else None,
         tie_word_embeddings=raw.tie_word_embeddings,
         dtype=DTYPES[raw.torch_dtype or raw.dtype or "float32"],
         bos_id=_ids(raw.bos_token_id)[0] if _ids(raw.bos_token_id) else None,
@@ -181,33 +222,28 @@ def _read_json(path: Path, kind: type[T]) -> T:
 
 
 def _refuse_unsupported(raw: _RawConfig, path: Path) -> None:
-    if raw.model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(SUPPORTED_MODEL_TYPES)
+    kind = ARCHITECTURES.get(raw.model_type)
+    if kind is None:
+        supported = ", ".join(ARCHITECTURES)
         raise ModelError(
             f"{path}: model_type {raw.model_type!r} is not supported (supported: {supported})"
         )
     if raw.hidden_act != "silu":
         raise ModelError(f"{path}: hidden_act {raw.hidden_act!r} is not supported (only 'silu')")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(raw, name):
-            raise ModelError(f"{path}: {name} is not supported")
+    for name, meant in (("attention_bias", kind.qkv_bias), ("mlp_bias", kind.mlp_bias)):
+        if getattr(raw, name) and meant is False:
+            raise ModelError(f"{path}: a {raw.model_type} model has no {name}")
+    if kind.window == "switched" and raw.use_sliding_window:
+        raise ModelError(
+            f"{path}: use_sliding_window is not supported: only some layers have the window"
+        )
     if raw.quantization_config is not None:
         raise ModelError(
             f"{path}: pre-quantised checkpoints (quantization_config) are not supported"
         )
-    for field in (raw.rope_scaling, raw.rope_parameters):
-        kind = (field or {}).get("rope_type", (field or {}).get("type", "default"))
-        if kind != "default":
-            raise ModelError(f"{path}: rope scaling {kind!r} is not supported")
     dtype = raw.torch_dtype or raw.dtype or "float32"
     if dtype not in DTYPES:
         raise ModelError(f"{path}: dtype {dtype!r} is not supported (float32, bfloat16, float16)")
-
-
-def _number(value: object, name: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(f"{path}: {name} is {value!r}, not a positive number")
-    return float(value)
 
 
 def _ids(value: int | list[int] | UnsetType | None) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def scaled(rows: range, factor: int) -> range:
 class ColumnLinear:
     """Rows of one or several weights, stacked: each rank computes its own outputs.
 
-    y = x W^T with x [T, K] replicated and y [T, sum of own rows].
+    y = x W^T + b with x [T, K] replicated and y [T, sum of own rows].
     """
 
     def __init__(
@@ -58,9 +58,10 @@ class ColumnLinear:
         rows: Sequence[range],
         inputs: int,
         ops: Ops,
+        bias: bool = False,
         head_dim: int | None = None,
     ) -> None:
-        """Stack rows[i] of weight names[i], which is [totals[i], inputs].
+        """Stack rows[i] of layer names[i], whose weight is [totals[i], inputs].
 
         head_dim: the outputs are attention heads of so many numbers.
         """
@@ -68,22 +69,31 @@ class ColumnLinear:
         self._weight = ops.weight(
             torch.cat(
                 [
-                    checkpoint.read(name, (total, inputs), rows=own)
+                    checkpoint.read(f"{name}.weight", (total, inputs), rows=own)
                     for name, total, own in zip(names, totals, rows, strict=True)
                 ]
             ),
             head_dim=head_dim,
         )
+        self._bias = None
+        if bias:
+            pieces = [
+                checkpoint.read(f"{name}.bias", (total,), rows=own)
+                for name, total, own in zip(names, totals, rows, strict=True)
+            ]
+            self._bias = ops.vector(torch.cat(pieces), head_dim=head_dim)
 
     def __call__(self, x: Value) -> Value:
         """X [T, K] -> [T, own rows]."""
-        return self._ops.linear(x, self._weight)
+        y = self._ops.linear(x, self._weight)
+        return y if self._bias is None else self._ops.add_bias(y, self._bias)
 
 
 class RowLinear:
     """Columns of a weight, a product for each virtual shard, summed over all ranks in the fixed tree.
 
-    x [T, own columns] -> y [T, N], the same on every rank.
+    x [T, own columns] -> y [T, N], the same on every rank. A bias belongs to the sum, not to a shard:
+    every rank adds it to the residual stream, where y goes too.
     """
 
     def __init__(
@@ -94,20 +104,26 @@ class RowLinear:
         inputs: int,
         columns: Sequence[range],
         ops: Ops,
+        bias: bool = False,
         head_dim: int | None = None,
     ) -> None:
-        """`columns` of each owned virtual shard of weight `name` [outputs, inputs]; may be empty.
+        """`columns` of each owned virtual shard of layer `name`'s weight [outputs, inputs]; may be empty.
 
         head_dim: the inputs are attention heads of so many numbers.
         """
         self._ops = ops
         own = range(columns[0].start, columns[-1].stop)
-        piece = checkpoint.read(name, (outputs, inputs), columns=own)
+        piece = checkpoint.read(f"{name}.weight", (outputs, inputs), columns=own)
         self._weight = ops.row_weight(piece, [len(shard) for shard in columns], head_dim=head_dim)
+        self._bias = ops.vector(checkpoint.read(f"{name}.bias", (outputs,))) if bias else None
 
     def __call__(self, x: Value) -> Value:
-        """X [T, own columns] -> [T, N], summed over all virtual shards."""
+        """X [T, own columns] -> [T, N], summed over all virtual shards, without the bias."""
         return self._ops.linear_all_reduce(x, self._weight)
+
+    def add_bias(self, residual: Value) -> Value:
+        """The residual stream [T, N] with the bias, if there is one."""
+        return residual if self._bias is None else self._ops.add_bias(residual, self._bias)
 
 
 class VocabHead:

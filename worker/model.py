@@ -1,15 +1,14 @@
-"""The Llama decoder: pre-norm attention and SwiGLU blocks with rotary positions and grouped KV heads.
+"""The Llama family: pre-norm attention and SwiGLU blocks with rotary positions and grouped KV heads.
 
-Knows nothing of ranks: its layers do. T is the number of tokens of a step, over all sequences. Each
+Where its members differ (biases, norms of heads, positions), ModelConfig says what to build. Knows nothing of ranks: its layers do. T is the number of tokens of a step, over all sequences. Each
 block hands on the residual stream x and the last layer's output, which the next norm adds to it.
 """
-
-import torch
 
 from shared.model_config import ModelConfig
 from worker.layers import ColumnLinear, Placement, RowLinear, VocabHead, scaled
 from worker.loader import Checkpoint
-from worker.ops.base import Ops, RopeTable, Value
+from worker.ops.base import HeadNorms, Ops, RopeTable, Value
+from worker.rope import rope_table
 
 
 class RMSNorm:
@@ -38,26 +37,35 @@ class Attention:
         heads, kv_heads = self._layout.heads, self._layout.kv_heads
         self.qkv = ColumnLinear(
             checkpoint,
-            names=[prefix + f"{n}_proj.weight" for n in "qkv"],
+            names=[prefix + f"{n}_proj" for n in "qkv"],
             totals=[config.num_heads * d, config.num_kv_heads * d, config.num_kv_heads * d],
             rows=[scaled(heads, d), scaled(kv_heads, d), scaled(kv_heads, d)],
             inputs=config.hidden_size,
             ops=placement.ops,
+            bias=config.qkv_bias,
             head_dim=d,
         )
+        self._norms = None
+        if config.head_norms:
+            query, key = (
+                self._ops.vector(checkpoint.read(prefix + f"{n}_norm.weight", (d,)), head_dim=d)
+                for n in "qk"
+            )
+            self._norms = HeadNorms(query, key, config.rms_norm_eps)
         self.o_proj = RowLinear(
             checkpoint,
-            prefix + "o_proj.weight",
+            prefix + "o_proj",
             outputs=config.hidden_size,
             inputs=config.num_heads * d,
             columns=[scaled(shards.heads(v), d) for v in placement.each],
             ops=placement.ops,
+            bias=config.output_bias,
             head_dim=d,
         )
 
     def __call__(self, x: Value, rope: RopeTable) -> Value:
         """X [T, hidden] -> [T, hidden]; the new keys and values go into the cache first."""
-        mixed = self._ops.attention(self.qkv(x), rope, self._layer, self._layout)
+        mixed = self._ops.attention(self.qkv(x), rope, self._layer, self._layout, self._norms)
         return self.o_proj(mixed)
 
 
@@ -70,19 +78,21 @@ class MLP:
         self._ops = placement.ops
         self.gate_up = ColumnLinear(
             checkpoint,
-            names=[prefix + "gate_proj.weight", prefix + "up_proj.weight"],
+            names=[prefix + "gate_proj", prefix + "up_proj"],
             totals=[config.intermediate_size] * 2,
             rows=[rows] * 2,
             inputs=config.hidden_size,
             ops=placement.ops,
+            bias=config.mlp_bias,
         )
         self.down_proj = RowLinear(
             checkpoint,
-            prefix + "down_proj.weight",
+            prefix + "down_proj",
             outputs=config.hidden_size,
             inputs=config.intermediate_size,
             columns=[shards.mlp_rows(v) for v in placement.each],
             ops=placement.ops,
+            bias=config.mlp_bias,
         )
 
     def __call__(self, x: Value) -> Value:
@@ -103,8 +113,10 @@ class Block:
     def __call__(self, x: Value, delta: Value | None, rope: RopeTable) -> tuple[Value, Value]:
         """The residual stream and what is to be added to it, [T, hidden] each."""
         x, normed = self.attention_norm(x, delta)
-        x, normed = self.mlp_norm(x, self.attention(normed, rope))
-        return x, self.mlp(normed)
+        delta = self.attention(normed, rope)
+        x, normed = self.mlp_norm(self.attention.o_proj.add_bias(x), delta)
+        delta = self.mlp(normed)
+        return self.mlp.down_proj.add_bias(x), delta
 
 
 class Decoder:
@@ -123,7 +135,7 @@ class Decoder:
         self.embedding = ops.table(
             checkpoint.map(embedding, (config.vocab_size, config.hidden_size))
         )
-        self.rope = rope_table(config.head_dim, max_positions, config.rope_theta)
+        self.rope = rope_table(config.rope, config.head_dim, max_positions)
 
     def __call__(self) -> Value:
         """Logits [B, own tokens] float32 of the step that the arithmetic is at."""
@@ -131,10 +143,3 @@ class Decoder:
         for block in self.blocks:
             x, delta = block(x, delta, self.rope)
         return self.lm_head(self.norm.final(x, delta))
-
-
-def rope_table(head_dim: int, positions: int, theta: float) -> RopeTable:
-    """Of the angles position * theta^(-2i/head_dim) (Su et al. 2021)."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.arange(positions).float()[:, None] * frequency
-    return RopeTable(angle.cos(), angle.sin())

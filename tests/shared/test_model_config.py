@@ -42,7 +42,7 @@ def test_newer_configs_keep_rope_theta_and_dtype_elsewhere(tmp_path: Path) -> No
     del newer["torch_dtype"]
     newer["dtype"] = "float16"
     config = read_model_config(write(tmp_path, newer))
-    assert (config.rope_theta, config.dtype) == (5e5, "fp16")
+    assert (config.rope.theta, config.dtype) == (5e5, "fp16")
 
 
 def test_generation_config_overrules_the_end_tokens(tmp_path: Path) -> None:
@@ -68,9 +68,15 @@ def test_sampling_defaults_come_from_generation_config(tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2"}, ["gpt2", "llama"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
-        ({"attention_bias": True}, ["attention_bias"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, ["rope", "yarn"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, ["rope", "linear"]),
+        ({"model_type": "mistral", "attention_bias": True}, ["mistral", "attention_bias"]),
+        ({"model_type": "qwen2", "use_sliding_window": True}, ["use_sliding_window"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ["rope", "longrope", "yarn"]),
+        ({"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, ["rope_scaling", "factor"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+        ({"rope_theta": 0}, ["rope_theta"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "4"]),
         ({"hidden_size": 66}, ["hidden_size 66"]),

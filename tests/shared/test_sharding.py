@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.model_config import ModelConfig
+from shared.rope import Rope
 from shared.sharding import GROUP, ModelShards, aligned_subtrees, assign_shards
 
 
@@ -24,7 +25,11 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         vocab_size=draw(st.integers(1, 33000)),
         max_positions=128,
         rms_norm_eps=1e-6,
-        rope_theta=1e4,
+        rope=Rope(),
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        head_norms=False,
         sliding_window=None,
         tie_word_embeddings=False,
         dtype="fp32",

@@ -9,64 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.messages import BLOCK_TOKENS, AllocateKV, LoadModel, Sampling, SequenceStep
-from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
-from worker.comm.base import Communicator, Floats
-from worker.native.api import Pool, native_library
-from worker.runner import LoadedModel, Runner
-
-TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, in float32
-GREEDY = Sampling(temperature=0, top_k=0, top_p=1, seed=0)
-
-
-@pytest.fixture(params=["torch", "native"])
-def kernels(request: pytest.FixtureRequest) -> str:
-    """What computes. Both give the same but for rounding."""
-    if request.param == "native" and native_library() is None:
-        pytest.skip("there is no native library: no C++ compiler when it was to be built")
-    return str(request.param)
-
-
-def loaded(
-    folder: Path, comm: Communicator, owned: list[range], kernels: str, blocks: int = 40
-) -> LoadedModel:
-    """The model on one rank, ready for steps."""
-    library = native_library() if kernels == "native" else None
-    pool = None if library is None else Pool(library, 1, crowded=comm.world > 2)
-    runner = Runner(comm, owned, VIRTUAL_SHARDS, pool)
-    order = LoadModel(model="m", path=str(folder), dtype="fp32", kv_dtype="fp32", max_model_len=512)
-    runner.load(order)
-    runner.allocate(AllocateKV(model="m", blocks=blocks, slots=4, tokens=512))
-    return runner._models["m"]
-
-
-def logits_of(folder: Path, world: int, chunks: list[list[int]], kernels: str) -> Floats:
-    """Logits after the last token of each chunk of one sequence, joined over the ranks.
-
-    An empty chunk starts the sequence again from its beginning; it has no logits.
-    """
-    pieces: dict[int, Floats] = {}
-
-    def job(comm: Communicator, owned: list[range]) -> None:
-        model = loaded(folder, comm, owned, kernels)
-        # Blocks in a scrambled order: the cache is paged, and nothing may depend on neighbours.
-        table = np.random.default_rng(0).permutation(40).astype("<i4").tobytes()
-        start, rows = 0, []
-        for chunk in chunks:
-            if not chunk:
-                start = 0
-                continue
-            step = SequenceStep(0, start, chunk, table, GREEDY)
-            rows.append(model.ops.run([step], model.last_tokens).logits[0].copy())
-            start += len(chunk)
-        pieces[comm.rank] = np.stack(rows)
-
-    run_ranks(world, job)
-    return np.concatenate([pieces[rank] for rank in range(world)], axis=1)
-
-
-def relative(ours: Floats, theirs: Floats) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+from shared.messages import BLOCK_TOKENS, SequenceStep
+from tests.worker.forward import GREEDY, TOLERANCE, loaded, logits_of, relative
+from tests.worker.rank_threads import run_ranks
+from worker.comm.base import Communicator
 
 
 @pytest.mark.parametrize("preset", ["tiny-mha", "tiny-gqa", "minueza-32m"])

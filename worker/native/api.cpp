@@ -36,7 +36,7 @@ struct OwnedWeight {
 
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 3; }
+TPS_API int32_t tps_abi_version() { return 4; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
@@ -225,13 +225,25 @@ TPS_API void tps_program_best(Program* program, int32_t columns) {
     program->add(std::move(op));
 }
 
+TPS_API void tps_program_add_bias(Program* program, int32_t x, const float* bias) {
+    auto op = std::make_unique<AddBias>();
+    op->x = x;
+    op->bias = bias;
+    program->add(std::move(op));
+}
+
+// query_norm, key_norm: null where heads are not normed.
 TPS_API void tps_program_rope_store(Program* program, int32_t qkv, int32_t heads, int32_t head_dim,
+                                    const float* query_norm, const float* key_norm, float eps,
                                     const float* cos, const float* sin, const KVMemory* kv,
                                     int32_t layer) {
     auto op = std::make_unique<RopeStore>();
     op->qkv = qkv;
     op->heads = heads;
     op->head_dim = head_dim;
+    op->query_norm = query_norm;
+    op->key_norm = key_norm;
+    op->eps = eps;
     op->cos = cos;
     op->sin = sin;
     op->kv = &kv->layer(layer);

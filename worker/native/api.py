@@ -69,9 +69,13 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
     "tps_program_best": (None, (_POINTER, _INT)),
+    "tps_program_add_bias": (None, (_POINTER, _INT, _POINTER)),
     "tps_program_rope_store": (
         None,
-        (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT),
+        (
+            *(_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, ctypes.c_float),
+            *(_POINTER, _POINTER, _POINTER, _INT),
+        ),
     ),
     "tps_program_attention": (
         None,

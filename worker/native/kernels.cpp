@@ -230,7 +230,7 @@ void linear(const Weight& weight, const Activations& x, const Output& out, int b
 void rms_norm(const float* x, const float* weight, int size, int count, float eps, float* out) {
     f32x16 even = zero(), odd = zero();
     for (int i = 0; i < size; i += 32) {
-        const f32x16 a = load(x + i), b = load(x + i + 16);
+        const f32x16 a = load(x + i), b = i + 16 < size ? load(x + i + 16) : zero();
         even = fma(a, a, even);
         odd = fma(b, b, odd);
     }

@@ -223,6 +223,13 @@ void Best::run(Program& program, const Step& step, int thread) {
         program.kernels().best(step.logits + row * step.logit_stride, columns, step.best + 2 * row);
 }
 
+void AddBias::run(Program& program, const Step& step, int thread) {
+    const Part part(step.tokens, thread, program.threads());
+    const int width = program.width(x);
+    for (int t = part.begin; t < part.end; ++t)
+        program.kernels().add_tree(program.floats(x) + size_t(t) * width, &bias, 1, nullptr, 0, width);
+}
+
 void RopeStore::run(Program& program, const Step& step, int thread) {
     const Kernels& kernels = program.kernels();
     const int d = kv->head_dim, kv_heads = kv->kv_heads, half = head_dim / 2;
@@ -233,8 +240,11 @@ void RopeStore::run(Program& program, const Step& step, int thread) {
         const int position = step.sequences[sequence].start + t - step.sequences[sequence].first;
         float* row = program.floats(qkv) + size_t(t) * program.width(qkv);
         const size_t angles = size_t(position) * half;
-        for (int head = 0; head < heads + kv_heads; ++head)
-            kernels.rope(row + size_t(head) * d, cos + angles, sin + angles, head_dim);
+        for (int head = 0; head < heads + kv_heads; ++head) {
+            float* x = row + size_t(head) * d;
+            if (query_norm) kernels.rms_norm(x, head < heads ? query_norm : key_norm, d, head_dim, eps, x);
+            kernels.rope(x, cos + angles, sin + angles, head_dim);
+        }
         const int block = step.sequences[sequence].blocks[position / kBlockTokens];
         for (int head = 0; head < kv_heads; ++head) {
             const float* key = row + size_t(heads + head) * d;

@@ -147,10 +147,20 @@ struct Best : Program::Op {
     void run(Program&, const Step&, int thread) override;
 };
 
-// Rotates query and key heads of qkv in place, and stores keys and values.
+// x [T] += bias
+struct AddBias : Program::Op {
+    Buffer x;
+    const float* bias;  // [x's width]
+    void run(Program&, const Step&, int thread) override;
+};
+
+// Norms query and key heads of qkv if there are weights for that, rotates them, all in place, and stores
+// keys and values.
 struct RopeStore : Program::Op {
     Buffer qkv;
     int heads;
+    const float *query_norm = nullptr, *key_norm = nullptr;  // [the KV memory's head_dim]
+    float eps = 0;
     int head_dim;            // that of the model; the KV memory's may be filled up
     const float *cos, *sin;  // [positions][head_dim / 2]
     const KVLayer* kv;

@@ -141,7 +141,7 @@ struct Kernels {
     const char* name;
     int32_t tile_tokens;
     void (*linear)(const Weight&, const Activations&, const Output&, int block_begin, int block_end);
-    // Sizes and counts are multiples of 32: what is too long is filled up with zeros.
+    // Sizes and counts are multiples of 16, those of activations of 32: rows are filled up with zeros.
     // The mean is over `count` numbers; behind them stand zeros.
     void (*rms_norm)(const float* x, const float* weight, int size, int count, float eps, float* out);
     void (*swiglu)(const float* gate, const float* up, int count, float* out);

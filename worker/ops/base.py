@@ -40,6 +40,15 @@ class HeadLayout:
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of every query and every key head before they are rotated (Qwen3)."""
+
+    query: Weight
+    key: Weight
+    eps: float
+
+
+@dataclass(frozen=True)
 class RopeTable:
     """cos and sin of every position's angles, [positions, head_dim / 2] float32 each."""
 
@@ -55,8 +64,8 @@ class Ops(Protocol):
 
     # --- loading; tensors are float32, bfloat16 or float16 ---
 
-    def vector(self, values: torch.Tensor) -> Weight:
-        """The weight [hidden] of a norm."""
+    def vector(self, values: torch.Tensor, *, head_dim: int | None = None) -> Weight:
+        """The weight of a norm, or a bias, [N]; head_dim: of attention heads of so many numbers."""
 
     def table(self, rows: torch.Tensor) -> Weight:
         """The embedding [vocabulary, hidden], a mapped file that is not copied."""
@@ -109,13 +118,24 @@ class Ops(Protocol):
     def linear(self, x: Value, weight: Weight) -> Value:
         """x [T, K] times weight [N, K] transposed: [T, N]."""
 
+    def add_bias(self, x: Value, bias: Weight) -> Value:
+        """x [T, N] plus bias [N]; x must not be used again."""
+
     def linear_all_reduce(self, x: Value, weight: Weight) -> Value:
         """Each virtual shard's product for itself, summed over all ranks in the fixed tree: [T, N]."""
 
-    def attention(self, qkv: Value, rope: RopeTable, layer: int, layout: HeadLayout) -> Value:
+    def attention(
+        self,
+        qkv: Value,
+        rope: RopeTable,
+        layer: int,
+        layout: HeadLayout,
+        norms: HeadNorms | None = None,
+    ) -> Value:
         """Causal attention over the paged cache; new keys and values go into the cache first.
 
-        qkv [T, (heads + 2 KV heads) * d]; queries and keys are rotated by their positions (Su et al.
+        qkv [T, (heads + 2 KV heads) * d]; queries and keys are normed head by head if there are
+        norms, then rotated by their positions (Su et al.
         2021), dimension i paired with i + d / 2 as in Hugging Face checkpoints; then
         softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017): [T, heads * d].
         """

@@ -37,7 +37,7 @@ from worker.native.api import (
     int32s,
     made,
 )
-from worker.ops.base import HeadLayout, RopeTable
+from worker.ops.base import HeadLayout, HeadNorms, RopeTable
 from worker.sampling.vocabulary import Ints, StepLogits
 
 _KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -151,9 +151,13 @@ class NativeOps:
 
     # --- loading ---
 
-    def vector(self, values: torch.Tensor) -> torch.Tensor:
+    def vector(self, values: torch.Tensor, *, head_dim: int | None = None) -> torch.Tensor:
         """See Ops."""
-        return _zeros_behind(values.float(), filled_up(len(values), GROUP))
+        values = values.float()
+        if head_dim is not None:
+            heads = values.view(-1, head_dim)
+            values = _zeros_behind(heads, _filled_head(head_dim), 1).flatten()
+        return _zeros_behind(values, filled_up(len(values), GROUP))
 
     def table(self, rows: torch.Tensor) -> torch.Tensor:
         """See Ops."""
@@ -282,6 +286,11 @@ class NativeOps:
         """See Ops."""
         return self._linear(_TO_BUFFER, x, weight, Value(weight.padded_rows, weight.rows))
 
+    def add_bias(self, x: Value, bias: torch.Tensor) -> Value:
+        """See Ops."""
+        self._call("add_bias", x, bias.data_ptr(), keep=[bias])
+        return x
+
     def linear_all_reduce(self, x: Value, weight: Matrix) -> Value:
         """See Ops."""
         if self._comm.world == 1:
@@ -296,13 +305,26 @@ class NativeOps:
         self._roots_after[self._operations] = (out, weight.roots)
         return out
 
-    def attention(self, qkv: Value, rope: RopeTable, layer: int, layout: HeadLayout) -> Value:
+    def attention(
+        self,
+        qkv: Value,
+        rope: RopeTable,
+        layer: int,
+        layout: HeadLayout,
+        norms: HeadNorms | None = None,
+    ) -> Value:
         """See Ops."""
         heads, groups = len(layout.heads), _head_groups(layout)
         columns, width = _head_columns(layout)
         angles = (rope.cos.data_ptr(), rope.sin.data_ptr())
         d = layout.head_dim
-        self._call("rope_store", qkv, heads, d, *angles, self._kv, layer, keep=[rope])
+        normed = (None, None, 0.0)
+        if norms is not None:
+            normed = (norms.query.data_ptr(), norms.key.data_ptr(), norms.eps)
+        self._call(
+            *("rope_store", qkv, heads, d, *normed, *angles, self._kv, layer),
+            keep=[rope, norms],
+        )
         out = Value(width, heads * d)
         self._call(
             "attention",

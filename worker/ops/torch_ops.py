@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shared.messages import BLOCK_TOKENS, SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
-from worker.ops.base import HeadLayout, RopeTable
+from worker.ops.base import HeadLayout, HeadNorms, RopeTable
 from worker.sampling.vocabulary import Ints, StepLogits, best_of
 
 _UPCAST_ROWS = 32
@@ -96,7 +96,7 @@ class TorchOps:
 
     # --- loading ---
 
-    def vector(self, values: torch.Tensor) -> torch.Tensor:
+    def vector(self, values: torch.Tensor, *, head_dim: int | None = None) -> torch.Tensor:
         """See Ops."""
         return values.float()
 
@@ -176,6 +176,10 @@ class TorchOps:
         """See Ops."""
         return linear(x, weight)
 
+    def add_bias(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return x + bias
+
     def linear_all_reduce(self, x: torch.Tensor, weight: RowWeight) -> torch.Tensor:
         """See Ops."""
         tokens, (shards, width, outputs) = len(x), weight.batch.shape
@@ -187,15 +191,22 @@ class TorchOps:
         return torch.from_numpy(total).view(tokens, outputs)
 
     def attention(
-        self, qkv: torch.Tensor, rope_table: RopeTable, layer: int, layout: HeadLayout
+        self,
+        qkv: torch.Tensor,
+        rope_table: RopeTable,
+        layer: int,
+        layout: HeadLayout,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         """See Ops."""
         assert self._cache is not None, "allocate comes before steps"
         step, heads, kv_heads = self._now, len(layout.heads), len(layout.kv_heads)
         by_head = qkv.view(len(qkv), heads + 2 * kv_heads, layout.head_dim)
         cos, sin = rope_table.cos[step.positions], rope_table.sin[step.positions]
-        rotated = rope(by_head[:, : heads + kv_heads], cos, sin)
-        q, k = rotated[:, :heads], rotated[:, heads:]
+        q, k = by_head[:, :heads], by_head[:, heads : heads + kv_heads]
+        if norms is not None:
+            q, k = rms_norm(q, norms.query, norms.eps), rms_norm(k, norms.key, norms.eps)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
         self._cache.write(layer, k, by_head[:, heads + kv_heads :], step.places)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         mixed = attention(q, keys, values, step, self._window, _uneven_kv_of_head(layout))
