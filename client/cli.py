@@ -1,7 +1,8 @@
 """The `tpserve` command: its arguments, and what becomes of errors.
 
 Each subcommand is a module of client/commands and is loaded when it is called for, so that none
-waits for the libraries of the others; `serve` becomes the coordinator and needs nothing of this.
+waits for the libraries of the others; `serve` and `plan` become other programs and need nothing of
+this.
 """
 
 import argparse
@@ -19,15 +20,17 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """What a shell reports for a program that SIGINT or SIGPIPE has ended."""
 MAX_TIMEOUT_S = 86_400
+_OTHER_PROGRAMS = {"serve": "coordinator", "plan": "coordinator.plan"}
+"""Commands that are programs of other packages, with arguments of their own."""
 
 
 def main() -> int:
     """Entry of the `tpserve` command; the exit code. Usage errors exit with 2."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["serve"]:
+    if arguments and arguments[0] in _OTHER_PROGRAMS:
         # -P: the working directory must not decide which packages are imported.
-        serve = [sys.executable, "-P", "-m", "coordinator", *arguments[1:]]
-        os.execv(sys.executable, serve)
+        program = [sys.executable, "-P", "-m", _OTHER_PROGRAMS[arguments[0]], *arguments[1:]]
+        os.execv(sys.executable, program)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as input is; the locale may not hold the text
     parser = argument_parser()
@@ -96,6 +99,29 @@ def argument_parser() -> argparse.ArgumentParser:
         "status", parents=[server, as_json], help="workers, queue, memory of the server"
     )
     status.add_argument("--watch", action="store_true", help="every second, with rates")
+    load = commands.add_parser(
+        "load",
+        parents=[server, as_json],
+        allow_abbrev=False,
+        help="load one more model into the running server",
+        description="Load a model beside those that are served, which go on meanwhile.",
+    )
+    load.add_argument("model", metavar="NAME=PATH", help="name to serve it by, and its folder")
+    load.add_argument("--dtype", metavar="TYPE", help="of weights (default: as the server's)")
+    load.add_argument("--kv-dtype", metavar="TYPE", help="of the KV cache (as the server's)")
+    load.add_argument(
+        "--max-model-len", metavar="N", type=int, help="longest prompt + answer in tokens"
+    )
+    unload = commands.add_parser(
+        "unload",
+        parents=[server],
+        allow_abbrev=False,
+        help="give a model's memory back",
+        description="Unload a model; jobs that it has are finished first.",
+    )
+    unload.add_argument("model", metavar="NAME", help="the model")
+    unload.add_argument("--force", action="store_true", help="end its jobs at once")
+    commands.add_parser("plan", help="memory that a model takes: tpserve plan --help")
     commands.add_parser("models", parents=[server, as_json], help="the models that are loaded")
     commands.add_parser(
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"

@@ -2,7 +2,8 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from pathlib import Path
+from typing import Literal, TypedDict
 
 import msgspec
 
@@ -10,7 +11,10 @@ from shared.errors import InvalidRequestError
 from shared.messages import (
     MAX_MESSAGE_BYTES,
     Generate,
+    KVPrecision,
+    Load,
     Message,
+    Precision,
     Request,
     SamplingParams,
     encode,
@@ -37,6 +41,14 @@ class SamplingOptions(TypedDict, total=False):
     n: int
     logprobs: int | None
     echo: bool
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `load`; what is left out is as the server's settings say."""
+
+    dtype: Literal["auto"] | Precision
+    kv_dtype: Literal["auto"] | KVPrecision
+    max_model_len: int
 
 
 def new_id() -> str:
@@ -68,6 +80,14 @@ def chat_request(
     params = SamplingParams(**options)
     return Generate(
         id=new_id(), kind="chat", model=model, messages=turns, params=params, stream=stream
+    )
+
+
+def load_request(name: str, path: str | Path, options: LoadOptions) -> Load:
+    """Load the model in `path`; a folder that is here is named so that the server finds it too."""
+    folder = Path(path).expanduser()
+    return Load(
+        id=new_id(), name=name, path=str(folder.resolve() if folder.is_dir() else path), **options
     )
 
 

@@ -9,14 +9,22 @@ one thread (or one event loop); any number of its streams may be open at once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar, Unpack
 
 from client.connection import AsyncConnection, Connection
 from client.defaults import DEFAULT_ADDRESS, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 from client.errors import JobCancelledError, RemoteError, expect
-from client.requests import SamplingOptions, chat_request, new_id, story_request
+from client.requests import (
+    LoadOptions,
+    SamplingOptions,
+    chat_request,
+    load_request,
+    new_id,
+    story_request,
+)
 from client.streams import AsyncStream, Stream
 from shared.errors import ConnectionLostError
 from shared.messages import (
@@ -25,11 +33,15 @@ from shared.messages import (
     GetStatus,
     Health,
     ListModels,
+    Loading,
     Message,
+    ModelGone,
     ModelInfo,
+    ModelReady,
     Models,
     Request,
     Status,
+    Unload,
 )
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "JobCancelledError", "RemoteError", "Stream"]
@@ -93,6 +105,34 @@ class Client(_BaseClient[Connection]):
     ) -> Stream:
         """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
         return Stream(self._connection(), chat_request(messages, model, stream, options))
+
+    def load(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        on_progress: Callable[[Loading], None] = lambda _: None,
+        **options: Unpack[LoadOptions],
+    ) -> ModelInfo:
+        """Load the model in folder `path` and serve it as `name`, beside those that are served.
+
+        Raises what refuses it (RemoteError); then nothing of it is left on the workers.
+        """
+        connection, request = self._connection(), load_request(name, path, options)
+        connection.exchange.open(request)
+        try:
+            while isinstance(event := connection.next_event(request.id), Loading):
+                on_progress(event)
+            return expect(event, ModelReady).model
+        finally:
+            connection.exchange.close(request.id)
+
+    def unload(self, name: str, *, force: bool = False) -> int:
+        """Give a model's memory back; how many bytes that was, over all workers.
+
+        Its jobs are finished first, unless `force` ends them.
+        """
+        return self._ask(Unload(id=new_id(), name=name, force=force), ModelGone).freed_bytes
 
     def models(self) -> list[ModelInfo]:
         """What is loaded."""
@@ -162,6 +202,35 @@ class AsyncClient(_BaseClient[AsyncConnection]):
     ) -> AsyncStream:
         """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
         return AsyncStream(self._connection(), chat_request(messages, model, stream, options))
+
+    async def load(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        on_progress: Callable[[Loading], None] = lambda _: None,
+        **options: Unpack[LoadOptions],
+    ) -> ModelInfo:
+        """Load the model in folder `path` and serve it as `name`, beside those that are served.
+
+        Raises what refuses it (RemoteError); then nothing of it is left on the workers.
+        """
+        connection, request = self._connection(), load_request(name, path, options)
+        connection.exchange.open(request)
+        try:
+            while isinstance(event := await connection.next_event(request.id), Loading):
+                on_progress(event)
+            return expect(event, ModelReady).model
+        finally:
+            connection.exchange.close(request.id)
+
+    async def unload(self, name: str, *, force: bool = False) -> int:
+        """Give a model's memory back; how many bytes that was, over all workers.
+
+        Its jobs are finished first, unless `force` ends them.
+        """
+        request = Unload(id=new_id(), name=name, force=force)
+        return (await self._ask(request, ModelGone)).freed_bytes
 
     async def models(self) -> list[ModelInfo]:
         """What is loaded."""

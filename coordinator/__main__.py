@@ -12,14 +12,16 @@ import zmq
 from coordinator.cluster import Cluster
 from coordinator.engine import Engine
 from coordinator.frontend import Frontend
+from coordinator.planner import check_fits, plan_memory
 from coordinator.run_dir import RunDir
 from coordinator.served_model import open_model
 from coordinator.supervisor import WORKER_COMMAND
 from shared.config import Settings, argument_parser, load_settings
-from shared.errors import ConfigError, ModelError, TpserveError
+from shared.errors import ConfigError, MemoryPlanError, ModelError, TpserveError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_USERS_ERRORS = ConfigError | ModelError | MemoryPlanError
 
 
 def main() -> int:
@@ -38,13 +40,15 @@ def main() -> int:
         serve(settings)
     except TpserveError as error:
         print(f"tpserve: error: {error.message}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError | ModelError) else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, _USERS_ERRORS) else EXIT_FAILED
     return 0
 
 
 def serve(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) -> None:
     """Run a server until SIGINT or SIGTERM. Raises TpserveError."""
     models = {name: open_model(name, path, settings) for name, path in settings.model.items()}
+    plans = [plan_memory(m.config, m.on_workers, settings) for m in models.values()]
+    check_fits(plans, starting=True)
     with ExitStack() as cleanup:
         context = zmq.Context()
         cleanup.callback(context.term)

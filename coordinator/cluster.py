@@ -6,7 +6,8 @@ messages one by one, so that it reads in order while the engine's loop goes on s
 
 import logging
 import os
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -28,12 +29,15 @@ from shared.messages import (
     KVPrecision,
     Loaded,
     LoadModel,
+    LoadProgress,
     Precision,
     SetUp,
     ShutDown,
     StepPlan,
     StepResult,
     ToWorker,
+    Unloaded,
+    UnloadModel,
     WorkerFailed,
     WorkerTimes,
     decode_from_worker,
@@ -64,6 +68,26 @@ class ModelOnWorkers:
     kv_blocks: int = 0
     weight_bytes: list[int] = field(default_factory=list)
     """By rank."""
+    kv_block_bytes: list[int] = field(default_factory=list)
+    """By rank."""
+
+    @property
+    def kv_bytes(self) -> list[int]:
+        """Of the KV cache, by rank."""
+        return [self.kv_blocks * block for block in self.kv_block_bytes]
+
+
+@dataclass
+class Load:
+    """A model on its way into the workers, or out of them again."""
+
+    model: ModelOnWorkers
+    bytes_done: list[int]
+    """Weights packed, by rank."""
+    started_at: float = field(default_factory=time.monotonic)
+    ended: bool = False
+    error: TpserveError | None = None
+    """Why it is not loaded; nothing of it is left once the load has ended."""
 
 
 class Cluster:
@@ -74,13 +98,14 @@ class Cluster:
         settings: Settings,
         context: zmq.Context[zmq.SyncSocket],
         run_dir: Path,
-        models: list[ModelOnWorkers],
+        models: Iterable[ModelOnWorkers],
         worker_command: Sequence[str],
     ) -> None:
         self._settings = settings
         self._run_dir = run_dir
         self._address = f"ipc://{run_dir}/workers"
-        self.models = models
+        self.models = {model.name: model for model in models}
+        """What every epoch is started with."""
         self.kernels = ""
         """What the workers compute with, once they have said so."""
         self.owned = assign_shards(settings.workers, settings.virtual_shards)
@@ -93,6 +118,11 @@ class Cluster:
         self.ready = False
         """All models are loaded; no token may have been computed yet."""
         self._bringing_up: Conversation | None = None
+        self._changing: dict[str, Conversation] = {}
+        """Models that are loaded or unloaded while others are served."""
+        self._loads: dict[str, Load] = {}
+        self._holding: list[ModelOnWorkers] = []
+        """Models that have KV memory in this epoch."""
         self._shm_fd: int | None = None
 
     def start(self) -> None:
@@ -102,11 +132,33 @@ class Cluster:
         world = self._settings.workers
         log.info("starting %d workers (epoch %d)", world, self.epoch)
         self._release_region()
+        self._holding.clear()
         if self._settings.comm == "shm":
             self._shm_fd = create_shm_region(world)
         self.supervisor.start(world, self.epoch, self._address, self._shm_fd)
         self._bringing_up = self._bring_up()
         next(self._bringing_up)
+
+    def load(self, model: ModelOnWorkers) -> Load:
+        """Begin to load one more model; `receive` carries it on."""
+        load = self._loads[model.name] = Load(model, [0] * len(self.owned))
+        self._begin(model.name, self._load_beside_others(load))
+        return load
+
+    def unload(self, model: ModelOnWorkers) -> Load:
+        """Begin to give a model's memory back."""
+        self.models.pop(model.name, None)
+        self._holding.remove(model)
+        load = Load(model, list(model.weight_bytes))
+        self._begin(model.name, self._unload(load))
+        return load
+
+    def give_up(self, load: Load, error: TpserveError) -> None:
+        """Undo a load on all workers; its first error stays."""
+        if load.error is None:
+            load.error = error
+            self._changing[load.model.name].close()
+            self._begin(load.model.name, self._unload(load))
 
     def send_plan(self, plan: StepPlan) -> None:
         """Have a plan carried out after those that were sent before."""
@@ -133,19 +185,26 @@ class Cluster:
             self.comm_s[message.rank] = message.comm_s
             return None
         if isinstance(message, WorkerFailed):
-            raise WorkerReportedError(message)
-        if self._bringing_up is not None:
+            self._failed(message)
+        elif isinstance(message, LoadProgress):
+            if message.model in self._loads:
+                self._loads[message.model].bytes_done[message.rank] = message.weight_bytes
+        elif self._bringing_up is not None:
             try:
                 self._bringing_up.send(message)
             except StopIteration:
                 self._bringing_up = None
                 self.ready = True
+        elif isinstance(message, Loaded | Allocated | Unloaded):
+            self._carry_on(message.model, message)
         return None
 
     def stop(self, grace_s: float) -> None:
         """End all workers of this epoch."""
         self.ready = False
         self._bringing_up = None
+        self._changing.clear()
+        self._loads.clear()
         if grace_s > 0:
             self._to_all(ShutDown())
         self.supervisor.stop(grace_s)
@@ -154,6 +213,44 @@ class Cluster:
         """Release the socket; `stop` comes first."""
         self.socket.close(0)
         self._release_region()
+
+    # --- models that come and go ------------------------------------------------------------------
+
+    def _begin(self, name: str, conversation: Conversation) -> None:
+        self._changing[name] = conversation
+        next(conversation)
+
+    def _carry_on(self, name: str, message: FromWorker) -> None:
+        if (conversation := self._changing.get(name)) is None:
+            return
+        try:
+            conversation.send(message)
+        except StopIteration:
+            del self._changing[name]
+
+    def _failed(self, message: WorkerFailed) -> None:
+        """A worker could not load a model beside others: all give it up. Raises anything else."""
+        load = self._loads.get(message.model)
+        if message.fatal or load is None:
+            raise WorkerReportedError(message)
+        self.give_up(load, WorkerReportedError(message))
+
+    def _load_beside_others(self, load: Load) -> Conversation:
+        try:
+            yield from self._load(load.model, threads=1, still_to_come=1)
+        except TpserveError as error:
+            load.error = error
+            yield from self._unload(load)
+            return
+        self.models[load.model.name] = load.model
+        del self._loads[load.model.name]
+        load.ended = True
+
+    def _unload(self, load: Load) -> Conversation:
+        self._to_all(UnloadModel(model=load.model.name))
+        yield from self._hear_all(Unloaded)
+        self._loads.pop(load.model.name, None)
+        load.ended = True
 
     def _release_region(self) -> None:
         if self._shm_fd is not None:
@@ -167,41 +264,49 @@ class Cluster:
         for rank in range(len(self.owned)):
             self._to(rank, self._set_up(rank))
         yield from self._hear_all(CommReady)
-        for model in self.models:
-            log.info(
-                "loading %s from %s as %s, KV cache as %s",
-                model.name,
-                model.path,
-                model.dtype,
-                model.kv_dtype,
+        for number, model in enumerate(self.models.values()):
+            still_to_come = len(self.models) - number
+            yield from self._load(model, self._settings.threads, still_to_come)
+
+    def _load(self, model: ModelOnWorkers, threads: int, still_to_come: int) -> Conversation:
+        """`still_to_come`: models that have no KV memory yet, this one included."""
+        log.info(
+            "loading %s from %s as %s, KV cache as %s",
+            model.name,
+            model.path,
+            model.dtype,
+            model.kv_dtype,
+        )
+        self._to_all(
+            LoadModel(
+                model=model.name,
+                path=str(model.path),
+                dtype=model.dtype,
+                kv_dtype=model.kv_dtype,
+                max_model_len=model.max_model_len,
+                threads=threads,
             )
-            self._to_all(
-                LoadModel(
-                    model=model.name,
-                    path=str(model.path),
-                    dtype=model.dtype,
-                    kv_dtype=model.kv_dtype,
-                    max_model_len=model.max_model_len,
-                )
+        )
+        loaded = yield from self._hear_all(Loaded)
+        model.weight_bytes = [answer.weight_bytes for answer in loaded]
+        model.kv_block_bytes = [answer.kv_block_bytes for answer in loaded]
+        model.kv_blocks = self._kv_blocks(model, loaded, still_to_come)
+        self._to_all(
+            AllocateKV(
+                model=model.name,
+                blocks=model.kv_blocks,
+                slots=self._settings.max_num_seqs,
+                tokens=self._settings.max_batched_tokens,
             )
-            loaded = yield from self._hear_all(Loaded)
-            model.weight_bytes = [answer.weight_bytes for answer in loaded]
-            model.kv_blocks = self._kv_blocks(model, loaded)
-            self._to_all(
-                AllocateKV(
-                    model=model.name,
-                    blocks=model.kv_blocks,
-                    slots=self._settings.max_num_seqs,
-                    tokens=self._settings.max_batched_tokens,
-                )
-            )
-            yield from self._hear_all(Allocated)
-            log.info(
-                "%s: %.1f MB of weights on the largest worker, KV cache for %d tokens",
-                model.name,
-                max(model.weight_bytes) / 1e6,
-                model.kv_blocks * BLOCK_TOKENS,
-            )
+        )
+        yield from self._hear_all(Allocated)
+        self._holding.append(model)
+        log.info(
+            "%s: %.1f MB of weights on the largest worker, KV cache for %d tokens",
+            model.name,
+            max(model.weight_bytes) / 1e6,
+            model.kv_blocks * BLOCK_TOKENS,
+        )
 
     def _hear_all(self, kind: type[M]) -> Generator[None, FromWorker, list[M]]:
         """One message of `kind` from every rank, by rank."""
@@ -234,20 +339,24 @@ class Cluster:
             core=rank * settings.threads if settings.pin_cores else None,
         )
 
-    def _kv_blocks(self, model: ModelOnWorkers, loaded: list[Loaded]) -> int:
+    def _kv_blocks(self, model: ModelOnWorkers, loaded: list[Loaded], still_to_come: int) -> int:
         """How many blocks fit on every rank, but no more than could ever be used at once."""
         settings, world = self._settings, len(self.owned)
         most_useful = settings.max_num_seqs * -(-model.max_model_len // BLOCK_TOKENS)
+        # What other models have been given counts as taken, though little of it may be in use yet.
+        taken = [sum(m.kv_bytes[rank] for m in self._holding) for rank in range(world)]
         fitting = []
-        for answer in loaded:
-            # All workers share this machine's memory.
-            budget = settings.kv_memory_bytes or int(answer.free_bytes * KV_SHARE / world)
-            fitting.append(budget // len(self.models) // max(1, answer.kv_block_bytes))
+        for rank, answer in enumerate(loaded):
+            if settings.kv_memory_bytes is not None:
+                budget = settings.kv_memory_bytes - taken[rank]
+            else:  # all workers share this machine's memory
+                budget = int((answer.free_bytes - sum(taken)) * KV_SHARE / world)
+            fitting.append(budget // still_to_come // max(1, answer.kv_block_bytes))
         blocks = min(most_useful, *fitting)
         if blocks < 1:
             raise TpserveError(
                 f"{model.name}: the KV cache has no room for a single block of {BLOCK_TOKENS} tokens: "
-                f"give more --kv-memory, or load fewer models"
+                f"give more --kv-memory, or unload a model"
             )
         if blocks * BLOCK_TOKENS < model.max_model_len:
             log.warning(

@@ -22,6 +22,7 @@ from shared.errors import (
     NotReadyError,
     SlowReaderError,
     TpserveError,
+    UnloadedError,
 )
 from shared.messages import (
     Cancel,
@@ -31,15 +32,19 @@ from shared.messages import (
     GetHealth,
     GetStatus,
     ListModels,
+    Load,
     Models,
     Progress,
     Queued,
     Started,
     Token,
     TokenLogprobs,
+    Unload,
 )
 
 log = logging.getLogger("coordinator.desk")
+
+Question = GetStatus | GetHealth | Load | Unload
 
 _REPORT_INTERVAL_S = 1.0
 _NOBODY = b""
@@ -66,10 +71,12 @@ class Desk:
         self._preparing: dict[tuple[bytes, str], Generate] = {}
         self._jobs: dict[tuple[bytes, str], Job] = {}
         self._next_report = 0.0
+        self.test_problems: dict[str, TpserveError] = {}
+        """By model: why its test job has failed."""
 
-    def take_requests(self) -> list[tuple[bytes, GetStatus | GetHealth]]:
-        """Answer what clients ask; returned are questions about the server as a whole."""
-        questions: list[tuple[bytes, GetStatus | GetHealth]] = []
+    def take_requests(self) -> list[tuple[bytes, Question]]:
+        """Answer what is about jobs; returned is what is about the server as a whole."""
+        questions: list[tuple[bytes, Question]] = []
         for client, request in self._frontend.requests():
             try:
                 match request:
@@ -80,11 +87,15 @@ class Desk:
                     case ListModels():
                         infos = [model.info() for model in self._models.values()]
                         self.publish(client, Models(id=request.id, models=infos))
-                    case GetStatus() | GetHealth():
+                    case GetStatus() | GetHealth() | Load() | Unload():
                         questions.append((client, request))
             except TpserveError as error:
-                self._frontend.refuse(client, request.id, error)
+                self.refuse(client, request.id, error)
         return questions
+
+    def refuse(self, client: bytes, request_id: str, error: TpserveError) -> None:
+        """Answer a request with an error."""
+        self._frontend.refuse(client, request_id, error)
 
     def take_prepared(self) -> None:
         """Queue the jobs that have been prepared in the meantime."""
@@ -98,14 +109,13 @@ class Desk:
                     raise prepared.outcome
                 self._enqueue(prepared.outcome)
             except TpserveError as error:
-                self._frontend.refuse(*key, error)
+                self.refuse(*key, error)
 
-    def start_test_jobs(self) -> None:
-        """Queue a job of one token for every model, to see that the workers compute."""
-        for model in self._models.values():
-            test = test_job(_NOBODY, model)
-            self._jobs[test.key] = test
-            model.queue.add(test)
+    def start_test_job(self, model: ServedModel) -> None:
+        """Queue a job of one token, to see that the workers compute."""
+        test = test_job(_NOBODY, model)
+        self._jobs[test.key] = test
+        model.queue.add(test)
 
     def started(self, job: Job) -> None:
         """The first step of a job is on its way."""
@@ -151,10 +161,21 @@ class Desk:
         if sequence.finish_reason is not None:
             self._finish(job, sequence)
 
-    @property
-    def tests_pending(self) -> bool:
-        """Whether a test job is still under way."""
-        return any(client is _NOBODY for client, _ in self._jobs)
+    def test_pending(self, model: str | None = None) -> bool:
+        """Whether a test job, of this model or of any, is still under way."""
+        return any(
+            job.client is _NOBODY and model in (None, job.model) for job in self._jobs.values()
+        )
+
+    def has_jobs(self, model: str) -> bool:
+        """Whether a model still has queued or running jobs."""
+        return any(job.model == model for job in self._jobs.values())
+
+    def fail_jobs_of(self, model: str, error: TpserveError) -> None:
+        """End all jobs of a model in a failed event."""
+        for job in [job for job in self._jobs.values() if job.model == model]:
+            self._end(job)
+            self.publish(job.client, failed(job.id, error))
 
     def fail_all(self, error: TpserveError) -> None:
         """No job survives: each of them ends in a failed event."""
@@ -206,6 +227,8 @@ class Desk:
         tokens = sum(model.queue.tokens for model in self._models.values())
         limit, retry = self._settings.queue_tokens, self._metrics.retry_after_s()
         refuse_if_full(tokens, limit, "prompt tokens", "--queue-tokens", retry)
+        if self._models.get(job.model) is None or self._models[job.model].state != "ready":
+            raise UnloadedError(f"model {job.model!r} was unloaded")
         self._jobs[job.key] = job
         position = self._models[job.model].queue.add(job)
         self._stream(job, Queued(id=job.id, position=position))
@@ -258,7 +281,7 @@ class Desk:
     def _fail(self, job: Job, error: TpserveError) -> None:
         self._end(job)
         if job.client is _NOBODY:
-            raise TpserveError(f"model {job.model}: {error.message}")
+            self.test_problems[job.model] = TpserveError(f"model {job.model}: {error.message}")
         self.publish(job.client, failed(job.id, error))
 
     def _end(self, job: Job) -> None:

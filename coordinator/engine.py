@@ -9,26 +9,28 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import zmq
 
 from coordinator.cluster import Cluster
-from coordinator.desk import Desk
+from coordinator.desk import Desk, Question
 from coordinator.frontend import Frontend
 from coordinator.metrics import Metrics, describe
+from coordinator.model_desk import ModelDesk
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
 from shared.config import Settings
 from shared.errors import NotReadyError, TpserveError, WorkerLostError
-from shared.messages import GetHealth, GetStatus, Health, StepPlan, StepResult
+from shared.messages import GetHealth, GetStatus, Health, Load, StepPlan, StepResult, Unload
 
 log = logging.getLogger("coordinator.engine")
 
 MAX_RESTARTS_PER_MINUTE = 5
 _TICK_MS = 500
+_TICK_WHILE_LOADING_MS = 100
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Engine:
     def __init__(
         self,
         settings: Settings,
-        models: Mapping[str, ServedModel],
+        models: dict[str, ServedModel],
         frontend: Frontend,
         cluster: Cluster,
     ) -> None:
@@ -61,11 +63,14 @@ class Engine:
         self.metrics = Metrics()
         self._frontend = frontend
         self._desk = Desk(settings, models, frontend, self.metrics)
+        self._model_desk = ModelDesk(
+            settings, models, cluster, self._desk, self._start_steps, self._stop_steps
+        )
         self._sent: deque[SentStep] = deque()
         self._step = 0
         """Number of the last plan."""
         self._committed_at = 0.0
-        self._turns = deque(models)
+        self._turns: deque[str] = deque()
         self._restarts: deque[float] = deque()
         self._stop_requested = False
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -74,7 +79,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve until `stop` is called. Raises TpserveError when the workers cannot be kept up."""
-        for fd in (self._desk.wake_fd, self._stop_fd):
+        for fd in (self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd):
             self._watch.register(fd, select.EPOLLIN)
         for pollable in (self._frontend.socket, self.cluster.socket, self._watch.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
@@ -82,7 +87,8 @@ class Engine:
         totals, clock = self.metrics.totals, time.perf_counter
         resting = clock()
         while not self._stop_requested:
-            readable = dict(self._poller.poll(_TICK_MS))
+            tick = _TICK_WHILE_LOADING_MS if self._model_desk.busy else _TICK_MS
+            readable = dict(self._poller.poll(tick))
             woken = clock()
             if self.cluster.socket in readable:
                 self._take_results()
@@ -92,10 +98,12 @@ class Engine:
                 self._desk.take_prepared()
             if self._frontend.socket in readable:
                 self._answer(self._desk.take_requests())
+            self._model_desk.advance()
             planning = clock()
             self._plan_ahead()  # before events are sent: the workers should not wait for them
             planned = clock()
             self._desk.report_progress()
+            self._model_desk.report_progress()
             self._desk.flush()
             totals.wait_s += woken - resting
             totals.plan_s += planned - planning
@@ -114,16 +122,29 @@ class Engine:
         self.cluster.stop(grace_s=3.0)
         self._watch.close()
 
-    def _answer(self, questions: Iterable[tuple[bytes, GetStatus | GetHealth]]) -> None:
+    def _answer(self, questions: Iterable[tuple[bytes, Question]]) -> None:
         for client, question in questions:
-            if isinstance(question, GetHealth):
-                reason = "" if self.ready else "the workers are being started"
+            try:
+                self._answer_one(client, question)
+            except TpserveError as error:
+                self._desk.refuse(client, question.id, error)
+
+    def _answer_one(self, client: bytes, question: Question) -> None:
+        reason = "" if self.ready else "the workers are being started"
+        match question:
+            case GetHealth():
                 self._desk.publish(client, Health(id=question.id, ready=self.ready, reason=reason))
-            else:
+            case GetStatus():
                 status = describe(
                     question.id, self.settings, self.models, self.cluster, self.ready, self.metrics
                 )
                 self._desk.publish(client, status)
+            case Load() | Unload() if not self.ready:
+                raise NotReadyError(f"{reason}: try again in a moment")
+            case Load():
+                self._model_desk.load(client, question)
+            case Unload():
+                self._model_desk.unload(client, question)
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -194,7 +215,9 @@ class Engine:
         for row, sequence in enumerate(sent.sampled):
             if not sequence.finished:  # else it ended while this step was under way
                 self._desk.sampled(sequence, result.tokens[row::rows], result.logprobs[row::rows])
-        if not self.ready and not self._desk.tests_pending:
+        if not self.ready and not self._desk.test_pending():
+            for problem in self._desk.test_problems.values():
+                raise problem
             self._become_ready()
 
     # --- workers ----------------------------------------------------------------------------------
@@ -206,7 +229,7 @@ class Engine:
 
     def _take_wakeups(self) -> None:
         for fd, _ in self._watch.poll(0):
-            if fd in (self._desk.wake_fd, self._stop_fd):
+            if fd in (self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd):
                 os.eventfd_read(fd)
             else:
                 self._workers_failed(WorkerLostError(self.cluster.supervisor.ended(fd)))
@@ -218,16 +241,28 @@ class Engine:
     def _start_scheduling(self) -> None:
         """The workers have loaded everything: test them with one token of every model."""
         for model in self.models.values():
-            model.scheduler = Scheduler(
-                model.queue,
-                blocks=model.on_workers.kv_blocks,
-                slots=self.settings.max_num_seqs,
-                max_batched_tokens=self.settings.max_batched_tokens,
-            )
-        self._desk.start_test_jobs()
+            self._start_steps(model)
+            self._desk.start_test_job(model)
+
+    def _start_steps(self, model: ServedModel) -> None:
+        """The workers have loaded a model."""
+        model.scheduler = Scheduler(
+            model.queue,
+            blocks=model.on_workers.kv_blocks,
+            slots=self.settings.max_num_seqs,
+            max_batched_tokens=self.settings.max_batched_tokens,
+        )
+        self._turns.append(model.name)
+
+    def _stop_steps(self, model: ServedModel) -> None:
+        """They will unload it; it has no jobs any more."""
+        model.scheduler = None
+        self._turns.remove(model.name)
 
     def _become_ready(self) -> None:
         self.ready = self._desk.open = True
+        for model in self.models.values():
+            model.state = "ready"
         log.info("ready: a token came through all %d workers", self.settings.workers)
         if self.cluster.epoch == 1:
             names = ",".join(self.models)
@@ -240,6 +275,7 @@ class Engine:
             return  # whoever stops the server may have stopped the workers too
         log.error("%s", error.message)
         self._give_up_steps(error)
+        self._model_desk.workers_lost(error)
         self._desk.flush()
         never_ready = self.cluster.epoch == 1 and not self.ready
         self.ready = self._desk.open = False
@@ -256,5 +292,6 @@ class Engine:
         """No job survives, and what the workers still compute is of no interest."""
         self._desk.fail_all(error)
         self._sent.clear()
+        self._turns.clear()
         for model in self.models.values():
             model.scheduler = None

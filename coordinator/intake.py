@@ -21,6 +21,7 @@ from shared.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelNotFoundError,
+    NotReadyError,
     TpserveError,
 )
 from shared.messages import Generate, Sampling, SamplingParams
@@ -58,13 +59,14 @@ class Intake:
             yield self._finished.popleft()
 
     def _find(self, request: Generate) -> ServedModel:
-        name = request.model or (
-            request.kind if request.kind in self._models else next(iter(self._models))
-        )
-        if name not in self._models:
-            loaded = ", ".join(sorted(self._models))
-            raise ModelNotFoundError(f"model {name!r} is not loaded; loaded are: {loaded}")
-        return self._models[name]
+        ready = [name for name, model in self._models.items() if model.state == "ready"]
+        name = request.model or (request.kind if request.kind in ready else next(iter(ready), ""))
+        if name in ready:
+            return self._models[name]
+        if name in self._models:
+            raise NotReadyError(f"model {name!r} is {self._models[name].state}")
+        loaded = ", ".join(sorted(ready)) or "none"
+        raise ModelNotFoundError(f"model {name!r} is not loaded; loaded are: {loaded}")
 
     def _run(self) -> None:
         while True:

@@ -10,7 +10,7 @@ from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
 from shared.errors import ModelError
-from shared.messages import BLOCK_TOKENS, KVPrecision, ModelInfo, Precision
+from shared.messages import BLOCK_TOKENS, KVPrecision, ModelInfo, ModelState, Precision
 from shared.model_config import (
     GenerationDefaults,
     ModelConfig,
@@ -30,6 +30,8 @@ class ServedModel:
     on_workers: ModelOnWorkers
     queue: JobQueue
     pace: Pace
+    state: ModelState = "loading"
+    """It takes jobs when it is "ready"."""
     scheduler: Scheduler | None = None
     """None until the workers have loaded the model."""
 
@@ -60,6 +62,9 @@ class ServedModel:
             vocab_size=self.config.vocab_size,
             kv_capacity_tokens=self.scheduler.capacity_tokens if self.scheduler else 0,
             has_chat_template=self.text.has_chat_template,
+            state=self.state,
+            weight_bytes=self.on_workers.weight_bytes,
+            kv_bytes=self.on_workers.kv_bytes,
         )
 
 

@@ -138,11 +138,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser(
+    prog: str = "tpserve serve", what: str = "Start the coordinator and its workers."
+) -> argparse.ArgumentParser:
     """The flags of `tpserve serve`; a flag that is not given stays absent."""
     parser = argparse.ArgumentParser(
-        prog="tpserve serve",
-        description="Start the coordinator and its workers. Every option can also be set as an "
+        prog=prog,
+        description=f"{what} Every option can also be set as an "
         "environment variable (--max-model-len: TPSERVE_MAX_MODEL_LEN) or in a TOML file "
         "(max_model_len = 1024); flags win over the environment, that over the file.",
         argument_default=argparse.SUPPRESS,

@@ -32,6 +32,13 @@ class ModelError(TpserveError):
     http_status = 400
 
 
+class MemoryPlanError(TpserveError):
+    """A model does not fit into the memory that is free."""
+
+    code = "out_of_memory"
+    http_status = 507
+
+
 class InvalidRequestError(TpserveError):
     """A request that cannot be understood, or has an unknown field or a value out of range."""
 
@@ -50,6 +57,13 @@ class ModelNotFoundError(TpserveError):
 
     code = "model_not_found"
     http_status = 404
+
+
+class UnloadedError(TpserveError):
+    """A job's model was unloaded before it had finished."""
+
+    code = "model_unloaded"
+    http_status = 503
 
 
 class JobNotFoundError(TpserveError):

@@ -41,6 +41,12 @@ TokenIdNumber = Annotated[int, Meta(ge=0, lt=1 << 24)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+"""Of weights. int8, int4: in groups of 32 with a scale each."""
+KVPrecision = Literal["fp32", "bf16", "fp16", "int8"]
+"""Of keys and values. int8: with a scale for each position and head."""
+
+
 class SamplingParams(
     Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
@@ -138,7 +144,26 @@ class GetHealth(_Request, frozen=True, kw_only=True, tag="health"):
     """Is a token coming through all workers."""
 
 
-Request = Generate | Cancel | ListModels | GetStatus | GetHealth
+class Load(_Request, frozen=True, kw_only=True, tag="load"):
+    """Load one more model while the others go on. None means: as the server's own settings say."""
+
+    name: ModelName
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    """A folder on the server's machine."""
+    dtype: Literal["auto"] | Precision | None = None
+    kv_dtype: Literal["auto"] | KVPrecision | None = None
+    max_model_len: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None
+
+
+class Unload(_Request, frozen=True, kw_only=True, tag="unload"):
+    """Give a model's memory back. It takes no new jobs; those it has are finished first."""
+
+    name: ModelName
+    force: bool = False
+    """End its jobs at once."""
+
+
+Request = Generate | Cancel | ListModels | GetStatus | GetHealth | Load | Unload
 
 
 # --- coordinator -> client ------------------------------------------------------------------------
@@ -292,8 +317,11 @@ class Cancelled(_Event, frozen=True, kw_only=True, tag="cancelled"):
         return self.partial[0].token_ids if self.partial else []
 
 
+ModelState = Literal["ready", "loading", "unloading"]
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """A loaded model."""
+    """A model that is loaded, or on its way in or out."""
 
     name: str
     path: str
@@ -305,12 +333,55 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     vocab_size: int
     kv_capacity_tokens: int
     has_chat_template: bool
+    state: ModelState = "ready"
+    weight_bytes: list[int] = []
+    """By worker."""
+    kv_bytes: list[int] = []
+    """Of the KV cache, by worker."""
 
 
 class Models(_Event, frozen=True, kw_only=True, tag="models"):
     """Answer to `models`."""
 
     models: list[ModelInfo]
+
+
+class RankProgress(Struct, frozen=True):
+    """How far one worker has come with loading a model."""
+
+    rank: int
+    bytes_done: int
+    bytes_total: int
+    """Of packed weights, as planned."""
+    seconds_left: float | None
+    """None: not known yet."""
+
+
+LoadPhase = Literal["waiting", "opening", "reading", "testing"]
+"""Behind another one; its files are checked; workers read weights; a token is computed."""
+
+
+class Loading(_Event, frozen=True, kw_only=True, tag="loading"):
+    """Several times a second while a model is loaded."""
+
+    model: str
+    phase: LoadPhase
+    ranks: list[RankProgress] = []
+
+
+class ModelReady(_Event, frozen=True, kw_only=True, tag="model_ready"):
+    """Answer to `load`: the model takes jobs; a token came through all workers."""
+
+    model: ModelInfo
+    seconds: float
+
+
+class ModelGone(_Event, frozen=True, kw_only=True, tag="model_gone"):
+    """Answer to `unload`: every worker has given the model's memory back."""
+
+    model: str
+    freed_bytes: int
+    """Weights and KV cache, over all workers."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
@@ -382,17 +453,25 @@ class Health(_Event, frozen=True, kw_only=True, tag="health"):
     reason: str = ""
 
 
-Event = Queued | Started | Token | Progress | Done | Failed | Cancelled | Models | Status | Health
-TERMINAL_EVENTS = (Done, Failed, Cancelled)
+Event = (
+    Queued
+    | Started
+    | Token
+    | Progress
+    | Done
+    | Failed
+    | Cancelled
+    | Models
+    | Status
+    | Health
+    | Loading
+    | ModelReady
+    | ModelGone
+)
+TERMINAL_EVENTS = (Done, Failed, Cancelled, ModelReady, ModelGone)
 
 
 # --- coordinator -> worker ------------------------------------------------------------------------
-
-
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-"""Of weights. int8, int4: in groups of 32 with a scale each."""
-KVPrecision = Literal["fp32", "bf16", "fp16", "int8"]
-"""Of keys and values. int8: with a scale for each position and head."""
 
 
 class CommSetup(Struct, frozen=True, kw_only=True):
@@ -423,13 +502,24 @@ class SetUp(_ToWorker, frozen=True, kw_only=True, tag="setup"):
 
 
 class LoadModel(_ToWorker, frozen=True, kw_only=True, tag="load"):
-    """Read this rank's slices of a checkpoint. Answered by Loaded or WorkerFailed."""
+    """Read this rank's slices of a checkpoint, beside the steps of other models.
+
+    Answered by LoadProgress, then by Loaded or WorkerFailed.
+    """
 
     model: str
     path: str
     dtype: Precision
     kv_dtype: KVPrecision
     max_model_len: int
+    threads: int = 1
+    """That pack weights."""
+
+
+class UnloadModel(_ToWorker, frozen=True, kw_only=True, tag="unload"):
+    """Forget a model, loaded or not. Answered by Unloaded."""
+
+    model: str
 
 
 class AllocateKV(_ToWorker, frozen=True, kw_only=True, tag="kv"):
@@ -521,7 +611,7 @@ class ShutDown(_ToWorker, frozen=True, kw_only=True, tag="shutdown"):
     """Leave, with exit code 0."""
 
 
-ToWorker = SetUp | LoadModel | AllocateKV | StepPlan | ShutDown
+ToWorker = SetUp | LoadModel | UnloadModel | AllocateKV | StepPlan | ShutDown
 
 
 # --- worker -> coordinator ------------------------------------------------------------------------
@@ -542,6 +632,14 @@ class Hello(_FromWorker, frozen=True, kw_only=True, tag="hello"):
 
 class CommReady(_FromWorker, frozen=True, kw_only=True, tag="comm_ready"):
     """A barrier with all peers was passed."""
+
+
+class LoadProgress(_FromWorker, frozen=True, kw_only=True, tag="load_progress"):
+    """A few times a second while weights are read."""
+
+    model: str
+    weight_bytes: int
+    """Packed so far."""
 
 
 class Loaded(_FromWorker, frozen=True, kw_only=True, tag="loaded"):
@@ -584,15 +682,33 @@ class WorkerTimes(_FromWorker, frozen=True, kw_only=True, tag="times"):
     comm_s: float
 
 
+class Unloaded(_FromWorker, frozen=True, kw_only=True, tag="unloaded"):
+    """A model's memory was given back."""
+
+    model: str
+
+
 class WorkerFailed(_FromWorker, frozen=True, kw_only=True, tag="failed"):
     """Something went wrong; `fatal` means the worker cannot go on."""
 
     code: str
     message: str
     fatal: bool
+    model: str = ""
+    """That could not be loaded."""
 
 
-FromWorker = Hello | CommReady | Loaded | Allocated | StepResult | WorkerTimes | WorkerFailed
+FromWorker = (
+    Hello
+    | CommReady
+    | LoadProgress
+    | Loaded
+    | Allocated
+    | Unloaded
+    | StepResult
+    | WorkerTimes
+    | WorkerFailed
+)
 
 
 # --- wire form ------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 
-import psutil
 import torch
 import zmq
 
@@ -23,13 +22,14 @@ from shared.messages import (
     CommReady,
     FromWorker,
     Hello,
-    Loaded,
     LoadModel,
     SetUp,
     ShutDown,
     StepPlan,
     StepResult,
     ToWorker,
+    Unloaded,
+    UnloadModel,
     WorkerFailed,
     WorkerTimes,
     decode_to_worker,
@@ -37,6 +37,7 @@ from shared.messages import (
 )
 from shared.sockets import dealer
 from worker.comm.open import open_communicator
+from worker.loading import Loading
 from worker.native.api import Pool, native_library
 from worker.ops.choose import describe
 from worker.runner import Runner, TimedCommunicator
@@ -56,6 +57,9 @@ class Worker:
         self._library = native_library()
         self._comm: TimedCommunicator | None = None
         self._runner: Runner | None = None
+        self._loading: Loading | None = None
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
         self._compute_s = self._comm_s = self._told_at = 0.0
 
     def run(self) -> None:
@@ -69,7 +73,7 @@ class Worker:
             )
         )
         while True:
-            order = decode_to_worker(self._socket.recv())
+            order = self._next_order()
             if isinstance(order, ShutDown):
                 return
             try:
@@ -86,6 +90,36 @@ class Worker:
                 self._fail(TpserveError.code, f"{type(error).__name__}: {error}", fatal=True)
                 return
 
+    def _next_order(self) -> ToWorker:
+        """Wait for it; meanwhile pass on what a load has to tell."""
+        while self._loading is not None:
+            readable = dict(self._poller.poll())
+            if self._loading.wake_fd in readable:
+                self._hear_of_loading(self._loading)
+            if self._socket in readable:
+                break
+        return decode_to_worker(self._socket.recv())
+
+    def _hear_of_loading(self, loading: Loading) -> None:
+        for report in loading.reports():
+            if not loading.cancelled:
+                self._send(report)
+        if loading.ended:
+            self._poller.unregister(loading.wake_fd)
+            loading.close()
+            self._loading = None
+            if loading.cancelled:
+                self._send(self._unload(loading.model))
+
+    def _load(self, order: LoadModel) -> None:
+        assert self._loading is None, "the coordinator loads one model after the other"
+        self._loading = Loading(self._ready_runner, order, self._rank, self._epoch)
+        self._poller.register(self._loading.wake_fd, zmq.POLLIN)
+
+    def _unload(self, model: str) -> Unloaded:
+        self._ready_runner.unload(model)
+        return Unloaded(rank=self._rank, epoch=self._epoch, model=model)
+
     def close(self) -> None:
         """Leave the collectives."""
         if self._comm is not None:
@@ -96,15 +130,13 @@ class Worker:
             case StepPlan():
                 return self._step(order)
             case LoadModel():
-                weights, block = self._ready_runner.load(order)
-                return Loaded(
-                    rank=self._rank,
-                    epoch=self._epoch,
-                    model=order.model,
-                    weight_bytes=weights,
-                    kv_block_bytes=block,
-                    free_bytes=psutil.virtual_memory().available,
-                )
+                self._load(order)
+                return None
+            case UnloadModel():
+                if self._loading is not None and self._loading.model == order.model:
+                    self._loading.cancel()  # the answer comes when it has ended
+                    return None
+                return self._unload(order.model)
             case AllocateKV():
                 self._ready_runner.allocate(order)
                 return Allocated(rank=self._rank, epoch=self._epoch, model=order.model)

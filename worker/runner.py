@@ -4,8 +4,9 @@ Holds what outlives a step: the models, their KV memory and the last sampled tok
 """
 
 import ctypes
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,15 +58,18 @@ class Runner:
         self._pool = pool
         self._models: dict[str, LoadedModel] = {}
 
-    def load(self, order: LoadModel) -> tuple[int, int]:
+    def load(
+        self, order: LoadModel, progress: Callable[[int], None] = lambda _: None
+    ) -> tuple[int, int]:
         """Read this rank's slices. Returns weight bytes and bytes of one KV block.
 
-        Raises ModelError.
+        progress: is told the weight bytes so far. May run in another thread than the steps of other
+        models. Raises ModelError, and what `progress` raises.
         """
         folder = Path(order.path)
         config = read_model_config(folder)
         shards = ModelShards(config, self._virtual_shards)
-        ops = make_ops(order, config, self._comm, self._pool, self._owned)
+        ops = make_ops(order, config, self._comm, self._pool, self._owned, progress)
         placement = Placement(shards, self._owned[self._comm.rank], ops)
         checkpoint = Checkpoint(folder)
         decoder = Decoder(checkpoint, placement, order.max_model_len)
@@ -77,6 +81,12 @@ class Runner:
         layers, layout = config.num_layers, placement.head_layout()
         self._models[order.model] = LoadedModel(decoder, ops, layers, layout, sampler)
         return ops.weight_bytes, ops.block_bytes(layers, layout)
+
+    def unload(self, model: str) -> None:
+        """Give back the memory of a model, if it is there."""
+        if self._models.pop(model, None) is not None:
+            gc.collect()
+            _give_memory_back()
 
     def allocate(self, order: AllocateKV) -> None:
         """KV memory of a loaded model."""

@@ -21,14 +21,17 @@ def run(args: argparse.Namespace) -> int:
 
 def model_rows(models: Sequence[ModelInfo]) -> tuple[list[str], list[list[str]]]:
     """Column names and a row for each model."""
-    columns = ["name", "type", "dtype", "KV", "parameters", "context", "vocabulary", "chat", "path"]
+    columns = ["name", "state", "type", "dtype", "KV", "parameters", "memory MB"]
+    columns += ["context", "vocabulary", "chat", "path"]
     rows = [
         [
             model.name,
+            model.state,
             model.model_type,
             model.dtype,
             model.kv_dtype,
             f"{model.parameters:,}",
+            f"{(sum(model.weight_bytes) + sum(model.kv_bytes)) / 1e6:,.0f}",
             str(model.max_model_len),
             str(model.vocab_size),
             "yes" if model.has_chat_template else "no",

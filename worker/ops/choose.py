@@ -2,7 +2,7 @@
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,14 +26,20 @@ def make_ops(
     comm: Communicator,
     pool: Pool | None,
     owned: Sequence[range],
+    progress: Callable[[int], None],
 ) -> Ops:
     """For the model that `order` names. `pool`: None where there is no native library.
+
+    progress: is told the weight bytes so far with every weight.
 
     Raises ModelError when only the native kernels know the precision and they cannot be used.
     """
     problem = "the native library is not there" if pool is None else why_not_native(config)
     if pool is not None and problem is None:
-        return NativeOps(comm, pool, owned, order.dtype, order.kv_dtype, config.sliding_window)
+        # Threads of its own: those of the pool may be busy with steps of other models.
+        packers = Pool(pool.library, order.threads, crowded=True)
+        window = config.sliding_window
+        return NativeOps(comm, pool, owned, order.dtype, order.kv_dtype, window, packers, progress)
     for option, precision in (("--dtype", order.dtype), ("--kv-dtype", order.kv_dtype)):
         if precision not in TORCH_DTYPES:
             raise ModelError(
@@ -43,7 +49,7 @@ def make_ops(
     if pool is not None:
         log.warning("%s is computed by torch: %s", order.path, problem)
     dtype, kv_dtype = TORCH_DTYPES[order.dtype], TORCH_DTYPES[order.kv_dtype]
-    return TorchOps(comm, dtype, kv_dtype, config.sliding_window)
+    return TorchOps(comm, dtype, kv_dtype, config.sliding_window, progress)
 
 
 def describe(library: ctypes.CDLL | None) -> str:

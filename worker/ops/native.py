@@ -129,8 +129,16 @@ class NativeOps:
         dtype: str,
         kv_dtype: str,
         sliding_window: int | None,
+        packers: Pool | None = None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`owned`: the virtual shards of every rank. dtype, kv_dtype: keys of FORMATS."""
+        """`owned`: the virtual shards of every rank. dtype, kv_dtype: keys of FORMATS.
+
+        pool: computes steps. packers: pack weights, else `pool` does. progress: is told the weight
+        bytes so far with every weight.
+        """
+        self._packers = packers or pool
+        self._progress = progress
         self._library, self._comm, self._pool = pool.library, comm, pool
         self._dtype, self._kv_dtype, self._window = dtype, kv_dtype, sliding_window or 0
         self._mine = owned[comm.rank]
@@ -200,8 +208,9 @@ class NativeOps:
         additions: Sequence[int],
         roots: Sequence[int],
     ) -> Matrix:
-        matrix = Matrix(self._pool, self._arena, source, dtype, widths, additions, roots)
+        matrix = Matrix(self._packers, self._arena, source, dtype, widths, additions, roots)
         self.weight_bytes += matrix.bytes
+        self._progress(self.weight_bytes)
         return matrix
 
     def block_bytes(self, layers: int, layout: HeadLayout) -> int:
@@ -219,7 +228,7 @@ class NativeOps:
         tokens: int,
     ) -> None:
         """See Ops."""
-        library = self._library
+        library, self._packers = self._library, self._pool  # packers are not needed any more
         self._kv = made(
             library.tps_kv_new(
                 FORMATS[self._kv_dtype],

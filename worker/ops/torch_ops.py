@@ -85,7 +85,10 @@ class TorchOps:
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
         sliding_window: int | None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
+        """progress: is told the weight bytes so far with every weight."""
+        self._progress = progress
         self._comm, self._dtype, self._kv_dtype = comm, dtype, kv_dtype
         self._window = sliding_window
         self._forward: Callable[[], torch.Tensor] | None = None
@@ -149,6 +152,7 @@ class TorchOps:
 
     def _count(self, weight: torch.Tensor) -> torch.Tensor:
         self.weight_bytes += weight.nbytes
+        self._progress(self.weight_bytes)
         return weight
 
     # --- a forward pass ---
