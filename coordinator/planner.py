@@ -25,6 +25,8 @@ LEAST_CONTEXT = 1024
 """KV for a sequence of so many tokens must fit where no --max-model-len was asked for."""
 
 _ROWS = 16
+_LINE = 64
+"""Blocks of rows begin with a cache line."""
 _GROUP_BYTES: dict[Precision, int] = {
     "fp32": 4 * _ROWS * GROUP,
     "bf16": 2 * _ROWS * GROUP,
@@ -191,7 +193,7 @@ def _weights(shards: ModelShards, owned: range, dtype: Precision) -> int:
 def _matrix(rows: int, columns: Sequence[int], dtype: Precision) -> int:
     """`columns` of each segment."""
     groups = sum(-(-count // GROUP) for count in columns)
-    return -(-rows // _ROWS) * groups * _GROUP_BYTES[dtype]
+    return -(-rows // _ROWS) * _filled(groups * _GROUP_BYTES[dtype], _LINE)
 
 
 def _kv_block(shards: ModelShards, owned: range, kv_dtype: str) -> int:

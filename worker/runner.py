@@ -83,10 +83,10 @@ class Runner:
         return ops.weight_bytes, ops.block_bytes(layers, layout)
 
     def unload(self, model: str) -> None:
-        """Give back the memory of a model, if it is there."""
-        if self._models.pop(model, None) is not None:
-            gc.collect()
-            _give_memory_back()
+        """Give back the memory of a model, or of what was loaded of it."""
+        self._models.pop(model, None)
+        gc.collect()
+        _give_memory_back()
 
     def allocate(self, order: AllocateKV) -> None:
         """KV memory of a loaded model."""

@@ -29,6 +29,8 @@ class Server:
             text=True,
             env={**os.environ, **(env or {})},
         )
+        self.address = ""
+        """That clients use, once it is ready."""
         self.log: list[str] = []
         self._output: queue.Queue[str] = queue.Queue()
         self._readers = [
@@ -53,7 +55,8 @@ class Server:
         """The address that clients use, once the ready line has come."""
         line = self._output.get(timeout=START_TIMEOUT_S)
         assert line.startswith("ready "), f"{line!r}\n" + "".join(self.log)
-        return line.split()[1]
+        self.address = line.split()[1]
+        return self.address
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes, by rank."""
