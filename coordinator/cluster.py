@@ -285,6 +285,7 @@ class Cluster:
                 kv_dtype=model.kv_dtype,
                 max_model_len=model.max_model_len,
                 threads=threads,
+                shard_cache=self._settings.shard_cache,
             )
         )
         loaded = yield from self._hear_all(Loaded)

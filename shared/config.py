@@ -73,6 +73,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         str,
         Meta(description="KV cache of all models per worker, such as 2G; auto: a share of free"),
     ] = "auto"
+    shard_cache: Annotated[
+        str, Meta(description="folder for packed int8 and int4 weights: the next load is faster")
+    ] = ""
     pipeline_depth: Annotated[
         int, Meta(ge=1, le=8, description="step plans sent ahead; 1: wait for each result")
     ] = 2

@@ -514,6 +514,8 @@ class LoadModel(_ToWorker, frozen=True, kw_only=True, tag="load"):
     max_model_len: int
     threads: int = 1
     """That pack weights."""
+    shard_cache: str = ""
+    """Folder for packed int8 and int4 weights; empty: none."""
 
 
 class UnloadModel(_ToWorker, frozen=True, kw_only=True, tag="unload"):

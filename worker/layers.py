@@ -10,7 +10,7 @@ import torch
 
 from shared.sharding import ModelShards
 from worker.loader import Checkpoint
-from worker.ops.base import HeadLayout, Ops, Value
+from worker.ops.base import HeadLayout, Ops, Source, Value
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,22 @@ class ColumnLinear:
         head_dim: the outputs are attention heads of so many numbers.
         """
         self._ops = ops
-        self._weight = ops.weight(
-            torch.cat(
+        layers = list(zip(names, totals, rows, strict=True))
+
+        def read() -> torch.Tensor:
+            return torch.cat(
                 [
                     checkpoint.read(f"{name}.weight", (total, inputs), rows=own)
-                    for name, total, own in zip(names, totals, rows, strict=True)
+                    for name, total, own in layers
                 ]
-            ),
-            head_dim=head_dim,
-        )
+            )
+
+        outputs = sum(map(len, rows))
+        self._weight = ops.weight(Source(outputs, inputs, read), head_dim=head_dim)
         self._bias = None
         if bias:
             pieces = [
-                checkpoint.read(f"{name}.bias", (total,), rows=own)
-                for name, total, own in zip(names, totals, rows, strict=True)
+                checkpoint.read(f"{name}.bias", (total,), rows=own) for name, total, own in layers
             ]
             self._bias = ops.vector(torch.cat(pieces), head_dim=head_dim)
 
@@ -113,8 +115,12 @@ class RowLinear:
         """
         self._ops = ops
         own = range(columns[0].start, columns[-1].stop)
-        piece = checkpoint.read(f"{name}.weight", (outputs, inputs), columns=own)
-        self._weight = ops.row_weight(piece, [len(shard) for shard in columns], head_dim=head_dim)
+
+        def read() -> torch.Tensor:
+            return checkpoint.read(f"{name}.weight", (outputs, inputs), columns=own)
+
+        source = Source(outputs, len(own), read)
+        self._weight = ops.row_weight(source, [len(shard) for shard in columns], head_dim=head_dim)
         self._bias = ops.vector(checkpoint.read(f"{name}.bias", (outputs,))) if bias else None
 
     def __call__(self, x: Value) -> Value:
@@ -138,8 +144,11 @@ class VocabHead:
         rows = placement.shards.vocab_rows(placement.owned)
         total = placement.shards.config.vocab_size
         self._ops = placement.ops
-        own = checkpoint.read(name, (total, hidden), rows=rows)
-        self._weight = self._ops.weight(own, head=True)
+
+        def read() -> torch.Tensor:
+            return checkpoint.read(name, (total, hidden), rows=rows)
+
+        self._weight = self._ops.weight(Source(len(rows), hidden, read), head=True)
 
     def __call__(self, x: Value) -> Value:
         """X [B, hidden] -> [B, own tokens]."""

@@ -27,6 +27,7 @@ from worker.ops.base import HeadLayout, Ops
 from worker.ops.choose import make_ops
 from worker.sampling.sampler import Sampled, Sampler
 from worker.sampling.vocabulary import Ints, Vocabulary
+from worker.shard_cache import ShardCache, cache_key
 
 
 @dataclass
@@ -69,11 +70,17 @@ class Runner:
         folder = Path(order.path)
         config = read_model_config(folder)
         shards = ModelShards(config, self._virtual_shards)
-        ops = make_ops(order, config, self._comm, self._pool, self._owned, progress)
+        cache = self._shard_cache(order)
+        ops = make_ops(order, config, self._comm, self._pool, self._owned, progress, cache)
         placement = Placement(shards, self._owned[self._comm.rank], ops)
         checkpoint = Checkpoint(folder)
-        decoder = Decoder(checkpoint, placement, order.max_model_len)
-        checkpoint.close()
+        decoder = None
+        try:
+            decoder = Decoder(checkpoint, placement, order.max_model_len)
+        finally:
+            checkpoint.close()
+            if cache is not None:
+                cache.close(complete=decoder is not None)
         _give_memory_back()
         token_ids = [[shards.vocab_rows(range(v, v + 1)) for v in owned] for owned in self._owned]
         rows = None if self._pool is None else NativeRows(self._pool.library)
@@ -81,6 +88,17 @@ class Runner:
         layers, layout = config.num_layers, placement.head_layout()
         self._models[order.model] = LoadedModel(decoder, ops, layers, layout, sampler)
         return ops.weight_bytes, ops.block_bytes(layers, layout)
+
+    def _shard_cache(self, order: LoadModel) -> ShardCache | None:
+        """Where packed weights are kept, if they are; others are read as fast from the checkpoint."""
+        if not order.shard_cache or order.dtype not in ("int8", "int4"):
+            return None
+        facts = {
+            "dtype": order.dtype,
+            "virtual_shards": self._virtual_shards,
+            "owned": self._owned[self._comm.rank],
+        }
+        return ShardCache(Path(order.shard_cache), cache_key(Path(order.path), facts))
 
     def unload(self, model: str) -> None:
         """Give back the memory of a model, or of what was loaded of it."""

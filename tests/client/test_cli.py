@@ -229,7 +229,9 @@ def test_status_for_people_and_for_programs(make_peer: MakePeer) -> None:
 
 def test_models_for_people_and_for_programs(make_peer: MakePeer) -> None:
     server = make_peer().address
-    assert "demo  ready  llama  fp32   fp32  1,234,567" in tpserve("models", "--server", server).stdout
+    assert (
+        "demo  ready  llama  fp32   fp32  1,234,567" in tpserve("models", "--server", server).stdout
+    )
     (model,) = json.loads(tpserve("models", "--json", "--server", server).stdout)
     assert (model["name"], model["max_model_len"]) == ("demo", 512)
 

@@ -40,7 +40,7 @@ from worker.comm.local import LocalCommunicator
 from worker.comm.open import open_communicator
 from worker.native.api import Pool, native_library
 from worker.native.toolchain import LEVELS
-from worker.ops.base import HeadLayout, RopeTable, Value
+from worker.ops.base import HeadLayout, RopeTable, Source, Value
 from worker.ops.native import NativeOps
 
 pytestmark = pytest.mark.skipif(
@@ -57,6 +57,11 @@ LEVEL_DEADLINE_S = 240
 
 
 # --- running recorded operations ------------------------------------------------------------------
+
+
+def source(weight: torch.Tensor) -> Source:
+    rows, columns = weight.shape
+    return Source(rows, columns, lambda: weight)
 
 
 class Bench:
@@ -82,7 +87,7 @@ class Bench:
         """The operations of `build`, which returns the value that `run` is to show."""
 
         def forward() -> Value:
-            head = self.ops.weight(torch.zeros(1, 32), head=True)
+            head = self.ops.weight(source(torch.zeros(1, 32)), head=True)
             x = self.ops.embed(self.ops.table(torch.zeros(1 << 12, 32)))
             delta = self.ops.embed(self.ops.table(torch.zeros(1 << 12, 32)))
             logits = self.ops.logits(
@@ -141,7 +146,7 @@ def linear(
     def build(ops: NativeOps) -> Value:
         embedded = ops.embed(ops.table(tensor(x)))
         _, value = ops.add_norm(embedded, None, ops.vector(tensor(scale)), 1e-6)
-        return ops.linear(value, ops.weight(tensor(weight)))
+        return ops.linear(value, ops.weight(source(tensor(weight))))
 
     bench.record(build, NO_HEADS)
     return bench.run(rows_step(len(x)))
@@ -570,7 +575,7 @@ def best(logits: npt.NDArray[Any]) -> Doubles:
         x = ops.embed(ops.table(tensor(unit)))
         zeros = ops.embed(ops.table(torch.zeros(tokens, width)))
         channel = ops.vector(torch.full((width,), width**-0.5))
-        head = ops.weight(tensor(padded), head=True)
+        head = ops.weight(source(tensor(padded)), head=True)
         return ops.logits(ops.final_norm(x, zeros, channel, 1e-6), head)
 
     ops.allocate(forward, 1, NO_HEADS, 1, tokens)

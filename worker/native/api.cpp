@@ -36,7 +36,7 @@ struct OwnedWeight {
 
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 4; }
+TPS_API int32_t tps_abi_version() { return 5; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
@@ -94,6 +94,7 @@ TPS_API OwnedWeight* tps_weight_new(Arena* arena, int32_t format, int32_t rows, 
     }
 }
 TPS_API void tps_weight_free(OwnedWeight* owned) { delete owned; }
+TPS_API uint8_t* tps_weight_data(const OwnedWeight* owned) { return owned->weight.data; }
 TPS_API size_t tps_weight_bytes(const OwnedWeight* owned) { return owned->bytes; }
 
 // Packs source [rows][sum of segment_columns], f32, bf16 or f16.

@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tps_arena_free": (None, (_POINTER,)),
     "tps_weight_new": (_POINTER, (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT)),
     "tps_weight_free": (None, (_POINTER,)),
+    "tps_weight_data": (_POINTER, (_POINTER,)),
     "tps_weight_bytes": (ctypes.c_size_t, (_POINTER,)),
     "tps_weight_pack": (None, (_POINTER, _POINTER, _POINTER, _INT, _POINTER)),
     "tps_kv_new": (_POINTER, (_INT, _INT, _INT, _INT, _INT)),
@@ -166,19 +167,19 @@ class Matrix:
 
     def __init__(
         self,
-        pool: Pool,
+        library: ctypes.CDLL,
         arena: Arena,
-        source: torch.Tensor,
+        rows: int,
         dtype: str,
         widths: Sequence[int],
         additions: Sequence[int],
         roots: Sequence[int],
     ) -> None:
-        """Packs source [rows, sum of widths]; of each of its segments the rest says what is summed."""
-        library, source = pool.library, source.contiguous()
+        """[rows, sum of widths], zeros; of each of its segments the rest says what is summed."""
         # Held by names, because the library gets nothing but addresses.
         columns, to_add, to_root = int32s(widths), int32s(additions), int32s(roots)
-        self.dtype, self.rows, self.roots = dtype, len(source), 1 + max(roots)
+        self._library, self._columns = library, columns
+        self.dtype, self.rows, self.roots = dtype, rows, 1 + max(roots)
         self._arena = arena  # must live as long as this does
         self.handle = made(
             library.tps_weight_new(
@@ -193,14 +194,20 @@ class Matrix:
             )
         )
         weakref.finalize(self, library.tps_weight_free, self.handle)
-        library.tps_weight_pack(
+        self.bytes: int = library.tps_weight_bytes(self.handle)
+        self.address: int = library.tps_weight_data(self.handle) or 0
+        """Where they are, once packed."""
+
+    def pack(self, pool: Pool, source: torch.Tensor) -> None:
+        """Fill it with source [rows, sum of widths]."""
+        source = source.contiguous()
+        self._library.tps_weight_pack(
             pool.handle,
             self.handle,
             source.data_ptr(),
             TORCH_FORMATS[source.dtype],
-            columns.ctypes.data,
+            self._columns.ctypes.data,
         )
-        self.bytes: int = library.tps_weight_bytes(self.handle)
 
     @property
     def padded_rows(self) -> int:

@@ -22,6 +22,15 @@ Weight = Any
 
 
 @dataclass(frozen=True)
+class Source:
+    """A weight [rows, columns] of a checkpoint; `read` fetches it, in the checkpoint's dtype."""
+
+    rows: int
+    columns: int
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class HeadLayout:
     """The attention heads of one rank."""
 
@@ -70,16 +79,14 @@ class Ops(Protocol):
     def table(self, rows: torch.Tensor) -> Weight:
         """The embedding [vocabulary, hidden], a mapped file that is not copied."""
 
-    def weight(
-        self, rows: torch.Tensor, *, head_dim: int | None = None, head: bool = False
-    ) -> Weight:
+    def weight(self, source: Source, *, head_dim: int | None = None, head: bool = False) -> Weight:
         """A weight [N, K] whose outputs are this rank's.
 
         head_dim: its outputs are attention heads of so many numbers. head: they are logits.
         """
 
     def row_weight(
-        self, columns: torch.Tensor, widths: Sequence[int], *, head_dim: int | None = None
+        self, source: Source, widths: Sequence[int], *, head_dim: int | None = None
     ) -> Weight:
         """Columns [N, sum of widths] of a weight; one width for each owned virtual shard.
 

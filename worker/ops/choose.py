@@ -14,6 +14,7 @@ from worker.native.api import Pool, isa_of
 from worker.ops.base import Ops
 from worker.ops.native import NativeOps, why_not_native
 from worker.ops.torch_ops import TorchOps
+from worker.shard_cache import ShardCache
 
 log = logging.getLogger("worker.ops")
 
@@ -27,10 +28,11 @@ def make_ops(
     pool: Pool | None,
     owned: Sequence[range],
     progress: Callable[[int], None],
+    cache: ShardCache | None = None,
 ) -> Ops:
     """For the model that `order` names. `pool`: None where there is no native library.
 
-    progress: is told the weight bytes so far with every weight.
+    progress: is told the weight bytes so far with every weight. cache: of packed weights.
 
     Raises ModelError when only the native kernels know the precision and they cannot be used.
     """
@@ -39,7 +41,12 @@ def make_ops(
         # Threads of its own: those of the pool may be busy with steps of other models.
         packers = Pool(pool.library, order.threads, crowded=True)
         window = config.sliding_window
-        return NativeOps(comm, pool, owned, order.dtype, order.kv_dtype, window, packers, progress)
+        return NativeOps(
+            *(comm, pool, owned, order.dtype, order.kv_dtype, window),
+            packers=packers,
+            progress=progress,
+            cache=cache,
+        )
     for option, precision in (("--dtype", order.dtype), ("--kv-dtype", order.kv_dtype)):
         if precision not in TORCH_DTYPES:
             raise ModelError(

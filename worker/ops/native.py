@@ -37,8 +37,9 @@ from worker.native.api import (
     int32s,
     made,
 )
-from worker.ops.base import HeadLayout, HeadNorms, RopeTable
+from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source
 from worker.sampling.vocabulary import Ints, StepLogits
+from worker.shard_cache import ShardCache
 
 _KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 _INT8_SCALE_BYTES = 4
@@ -131,12 +132,14 @@ class NativeOps:
         sliding_window: int | None,
         packers: Pool | None = None,
         progress: Callable[[int], None] = lambda _: None,
+        cache: ShardCache | None = None,
     ) -> None:
         """`owned`: the virtual shards of every rank. dtype, kv_dtype: keys of FORMATS.
 
         pool: computes steps. packers: pack weights, else `pool` does. progress: is told the weight
-        bytes so far with every weight.
+        bytes so far with every weight. cache: of packed weights.
         """
+        self._cache = cache
         self._packers = packers or pool
         self._progress = progress
         self._library, self._comm, self._pool = pool.library, comm, pool
@@ -171,44 +174,62 @@ class NativeOps:
         """See Ops."""
         return rows
 
-    def weight(
-        self, rows: torch.Tensor, *, head_dim: int | None = None, head: bool = False
-    ) -> Matrix:
+    def weight(self, source: Source, *, head_dim: int | None = None, head: bool = False) -> Matrix:
         """See Ops."""
-        if head_dim is not None:  # a head's outputs are whole vectors, zeros where it has no more
-            rows = _zeros_behind(rows.view(-1, head_dim, rows.shape[1]), _filled_head(head_dim), 1)
-            rows = rows.reshape(-1, rows.shape[2])
+
+        def read() -> torch.Tensor:
+            rows = source.read()
+            if head_dim is None:
+                return rows
+            # A head's outputs are whole vectors, zeros where it has no more.
+            heads = rows.view(-1, head_dim, source.columns)
+            return _zeros_behind(heads, _filled_head(head_dim), 1).reshape(-1, source.columns)
+
+        rows = source.rows
+        if head_dim is not None:
+            rows = rows // head_dim * _filled_head(head_dim)
         # Sixteen levels are few for logits, which decide between tokens of like probability.
         dtype = "int8" if head and self._dtype == "int4" else self._dtype
-        return self._pack(rows, dtype, [rows.shape[1]], [0], [0])
+        return self._pack(read, rows, dtype, [source.columns], [0], [0])
 
     def row_weight(
-        self, columns: torch.Tensor, widths: Sequence[int], *, head_dim: int | None = None
+        self, source: Source, widths: Sequence[int], *, head_dim: int | None = None
     ) -> Matrix:
         """See Ops."""
-        columns = _zeros_behind(columns, filled_up(len(columns), GROUP))
+        rows = filled_up(source.rows, GROUP)
+
+        def read() -> torch.Tensor:
+            columns = _zeros_behind(source.read(), rows)
+            if head_dim is None:
+                return columns
+            heads = columns.view(rows, -1, head_dim)
+            return _zeros_behind(heads, _filled_head(head_dim), 2).reshape(rows, -1)
+
         if head_dim is not None:
-            filled = _filled_head(head_dim)
-            columns = _zeros_behind(columns.view(len(columns), -1, head_dim), filled, 2)
-            columns = columns.reshape(len(columns), -1)
-            widths = [width // head_dim * filled for width in widths]
+            widths = [width // head_dim * _filled_head(head_dim) for width in widths]
         additions, roots = [], []
         for root, subtree in enumerate(aligned_subtrees(self._mine)):
             for leaf in range(len(subtree)):
                 # As many sums end with a leaf as its number ends in ones.
                 additions.append((~leaf & (leaf + 1)).bit_length() - 1)
                 roots.append(root if leaf == len(subtree) - 1 else -1)
-        return self._pack(columns, self._dtype, widths, additions, roots)
+        return self._pack(read, rows, self._dtype, widths, additions, roots)
 
     def _pack(
         self,
-        source: torch.Tensor,
+        read: Callable[[], torch.Tensor],
+        rows: int,
         dtype: str,
         widths: Sequence[int],
         additions: Sequence[int],
         roots: Sequence[int],
     ) -> Matrix:
-        matrix = Matrix(self._packers, self._arena, source, dtype, widths, additions, roots)
+        matrix = Matrix(self._library, self._arena, rows, dtype, widths, additions, roots)
+        cache = self._cache if matrix.weight_offset else None
+        if cache is None or not cache.read(matrix.address, matrix.bytes):
+            matrix.pack(self._packers, read())
+            if cache is not None:
+                cache.write(matrix.address, matrix.bytes)
         self.weight_bytes += matrix.bytes
         self._progress(self.weight_bytes)
         return matrix
@@ -228,7 +249,8 @@ class NativeOps:
         tokens: int,
     ) -> None:
         """See Ops."""
-        library, self._packers = self._library, self._pool  # packers are not needed any more
+        # What was needed for loading is not any more.
+        library, self._packers, self._cache = self._library, self._pool, None
         self._kv = made(
             library.tps_kv_new(
                 FORMATS[self._kv_dtype],

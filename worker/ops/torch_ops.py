@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shared.messages import BLOCK_TOKENS, SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
-from worker.ops.base import HeadLayout, HeadNorms, RopeTable
+from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source
 from worker.sampling.vocabulary import Ints, StepLogits, best_of
 
 _UPCAST_ROWS = 32
@@ -108,15 +108,16 @@ class TorchOps:
         return rows
 
     def weight(
-        self, rows: torch.Tensor, *, head_dim: int | None = None, head: bool = False
+        self, source: Source, *, head_dim: int | None = None, head: bool = False
     ) -> torch.Tensor:
         """See Ops."""
-        return self._count(rows.to(self._dtype))
+        return self._count(source.read().to(self._dtype))
 
     def row_weight(
-        self, columns: torch.Tensor, widths: Sequence[int], *, head_dim: int | None = None
+        self, source: Source, widths: Sequence[int], *, head_dim: int | None = None
     ) -> RowWeight:
         """See Ops."""
+        columns = source.read()
         width = max(widths)
         batch = torch.zeros(len(widths), width, len(columns), dtype=self._dtype)
         start = 0
