@@ -78,6 +78,10 @@ class Runner:
         self._models[order.model] = LoadedModel(decoder, ops, layers, layout, sampler)
         return ops.weight_bytes, ops.block_bytes(layers, layout)
 
+    def model(self, name: str) -> LoadedModel:
+        """A model that is loaded, for what goes past the sampler."""
+        return self._models[name]
+
     def allocate(self, order: AllocateKV) -> None:
         """KV memory of a loaded model."""
         model = self._models[order.model]
