@@ -29,6 +29,7 @@ from worker.ops.native import why_not_native
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 MAX_THREADS = 1024
 
 
@@ -49,7 +50,7 @@ def main() -> int:
             args.text,
             args.max_tokens,
         )
-        print(msgspec.json.encode(result).decode() if args.json else report(result))
+        print(msgspec.json.encode(result).decode() if args.json else report(result), flush=True)
         if args.plot is not None:
             # It takes a second to import, for the few who want a picture.
             from worker.compare.plot import plot
@@ -63,6 +64,10 @@ def main() -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout again at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     return 0
 
 
@@ -165,6 +170,8 @@ def argument_parser() -> argparse.ArgumentParser:
 def _observed(
     folder: Path, dtype: Precision, kv_dtype: KVPrecision, text: Text, pool: Pool | None
 ) -> Observed:
+    if sys.stderr.isatty():
+        print(f"{dtype}: {text.positions} positions ...", file=sys.stderr)
     observed = observe(folder, dtype, kv_dtype, text, pool)
     gc.collect()  # the model holds itself; the next one needs its memory
     return observed
