@@ -332,7 +332,8 @@ def test_usage_errors_exit_with_2(
         ([], "--dtype"),
         (["--dtype", "int7"], "'int7' (choose from"),
         (["--dtype", "bf16", "--kv-dtype", "int4"], "'int4' (choose from"),
-        (["--dtype", "bf16", "--threads", "0"], "0 is not between 1 and 1024"),
+        (["--dtype", "bf16", "--threads", "0"], "0 is not a number between 1 and 1024"),
+        (["--dtype", "bf16", "--threads", "all"], "all is not a number between 1 and 1024"),
     ):
         monkeypatch.setattr(sys, "argv", ["compare", str(story_model), *arguments])
         with pytest.raises(SystemExit, match=r"^2$"):

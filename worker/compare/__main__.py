@@ -22,7 +22,7 @@ from shared.precision import kv_precision
 from worker.compare.measures import Comparison, Reference, comparison, difference, perplexity
 from worker.compare.observe import Observed, observe
 from worker.compare.report import report
-from worker.compare.text import BUNDLED, Text, read_text
+from worker.compare.text import Text, read_text
 from worker.native.api import Pool, native_library
 from worker.ops.choose import describe
 from worker.ops.native import why_not_native
@@ -148,7 +148,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "bf16 if those are int8 or int4",
     )
     parser.add_argument(
-        "--text", metavar="FILE", type=Path, help=f"text in UTF-8 (default: {BUNDLED.name})"
+        "--text", metavar="FILE", type=Path, help="text in UTF-8 (default: bundled stories)"
     )
     parser.add_argument(
         "--max-tokens", metavar="N", type=int, help="its first N tokens (default: all)"
@@ -178,10 +178,9 @@ def _observed(
 
 
 def _threads(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= MAX_THREADS:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and {MAX_THREADS}")
-    return number
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is not a number between 1 and {MAX_THREADS}")
+    return int(text)
 
 
 if __name__ == "__main__":
