@@ -1,8 +1,8 @@
 """The `tpserve` command: its arguments, and what becomes of errors.
 
 Each subcommand is a module of client/commands and is loaded when it is called for, so that none
-waits for the libraries of the others; `serve` and `plan` become other programs and need nothing of
-this.
+waits for the libraries of the others; `serve`, `plan` and `compare` become other programs and need
+nothing of this.
 """
 
 import argparse
@@ -20,17 +20,21 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """What a shell reports for a program that SIGINT or SIGPIPE has ended."""
 MAX_TIMEOUT_S = 86_400
-_OTHER_PROGRAMS = {"serve": "coordinator", "plan": "coordinator.plan"}
-"""Commands that are programs of other packages, with arguments of their own."""
+OTHER_PROGRAMS = {
+    "serve": "coordinator",
+    "plan": "coordinator.plan",
+    "compare": "worker.compare",
+}
+"""Commands that this process becomes: the modules to run."""
 
 
 def main() -> int:
     """Entry of the `tpserve` command; the exit code. Usage errors exit with 2."""
     arguments = sys.argv[1:]
-    if arguments and arguments[0] in _OTHER_PROGRAMS:
+    if arguments and arguments[0] in OTHER_PROGRAMS:
         # -P: the working directory must not decide which packages are imported.
-        program = [sys.executable, "-P", "-m", _OTHER_PROGRAMS[arguments[0]], *arguments[1:]]
-        os.execv(sys.executable, program)
+        module = OTHER_PROGRAMS[arguments[0]]
+        os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments[1:]])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as input is; the locale may not hold the text
     parser = argument_parser()
@@ -70,6 +74,10 @@ def argument_parser() -> argparse.ArgumentParser:
     server, generation, as_json = _server_flags(), _generation_flags(), _json_flag()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", help="start a server; its flags: tpserve serve --help")
+    commands.add_parser(
+        "compare",
+        help="accuracy of precisions on a model folder, without a server; tpserve compare --help",
+    )
 
     story = commands.add_parser(
         "story",

@@ -17,6 +17,7 @@ from shared.errors import MemoryPlanError
 from shared.memory import free_bytes
 from shared.messages import BLOCK_TOKENS, Precision
 from shared.model_config import ModelConfig
+from shared.precision import kv_precision
 from shared.sharding import GROUP, ModelShards, assign_shards
 
 PROCESS_BYTES = 170 << 20
@@ -147,15 +148,12 @@ def _would_fit(
     changed = []
     for plan in plans:
         settings = msgspec.structs.replace(plan.settings, **changes)
-        dtype = changes.get("dtype", plan.on_workers.dtype)
-        kv_dtype = plan.on_workers.kv_dtype
-        if plan.settings.kv_dtype == "auto" and dtype in ("int8", "int4"):
-            kv_dtype = "bf16"
+        dtype = plan.on_workers.dtype if settings.dtype == "auto" else settings.dtype
         on_workers = ModelOnWorkers(
             name=plan.name,
             path=Path(),
-            dtype=dtype,  # type: ignore[arg-type]
-            kv_dtype=kv_dtype,
+            dtype=dtype,
+            kv_dtype=kv_precision(plan.settings.kv_dtype, dtype),
             max_model_len=min(
                 plan.on_workers.max_model_len, settings.max_model_len or plan.config.max_positions
             ),

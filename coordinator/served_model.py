@@ -10,13 +10,14 @@ from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
 from shared.errors import ModelError
-from shared.messages import BLOCK_TOKENS, KVPrecision, ModelInfo, ModelState, Precision
+from shared.messages import BLOCK_TOKENS, ModelInfo, ModelState, Precision
 from shared.model_config import (
     GenerationDefaults,
     ModelConfig,
     read_generation_defaults,
     read_model_config,
 )
+from shared.precision import kv_precision
 
 
 @dataclass
@@ -85,15 +86,9 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
             name=name,
             path=folder,
             dtype=dtype,
-            kv_dtype=_kv_dtype(settings, dtype),
+            kv_dtype=kv_precision(settings.kv_dtype, dtype),
             max_model_len=min(limit, config.max_positions),
         ),
         queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),
         pace=Pace(settings.steps_per_plan),
     )
-
-
-def _kv_dtype(settings: Settings, dtype: Precision) -> KVPrecision:
-    if settings.kv_dtype != "auto":
-        return settings.kv_dtype
-    return "bf16" if dtype == "int8" or dtype == "int4" else dtype

@@ -25,6 +25,7 @@ SUPPORT = ("benchmarks", "models", "scripts", "tests")
 
 IMPORTS_INSIDE_FUNCTIONS = {
     ("worker/comm/open.py", "worker.comm.torch_dist"): "torch.distributed takes a second to import",
+    ("worker/compare/__main__.py", "worker.compare.plot"): "matplotlib takes a second to import",
 }
 """(file, module) -> why it cannot stand at the top of the file."""
 

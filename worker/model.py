@@ -142,4 +142,5 @@ class Decoder:
         x, delta = self._ops.embed(self.embedding), None
         for block in self.blocks:
             x, delta = block(x, delta, self.rope)
+            self._ops.probe(x, delta)
         return self.lm_head(self.norm.final(x, delta))

@@ -106,6 +106,10 @@ class Runner:
         gc.collect()
         _give_memory_back()
 
+    def model(self, name: str) -> LoadedModel:
+        """A model that is loaded, for what goes past the sampler."""
+        return self._models[name]
+
     def allocate(self, order: AllocateKV) -> None:
         """KV memory of a loaded model."""
         model = self._models[order.model]

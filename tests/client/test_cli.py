@@ -49,7 +49,7 @@ def test_usage_errors_exit_with_2() -> None:
 def test_help_names_every_command() -> None:
     done = tpserve("--help")
     assert done.returncode == 0
-    for command in ("serve", "story", "chat", "status", "models", "health"):
+    for command in ("serve", "compare", "story", "chat", "status", "models", "health"):
         assert command in done.stdout
 
 

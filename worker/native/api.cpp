@@ -36,7 +36,7 @@ struct OwnedWeight {
 
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 5; }
+TPS_API int32_t tps_abi_version() { return 6; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
@@ -275,6 +275,11 @@ TPS_API void tps_program_swiglu(Program* program, int32_t gate_up, int32_t out, 
     op->out = out;
     op->count = count;
     program->add(std::move(op));
+}
+
+// Stops for the host. It reads `x` and `delta`, which are named so that they keep their buffers until then.
+TPS_API void tps_program_probe(Program* program, int32_t /* x */, int32_t /* delta */) {
+    program->add(std::make_unique<Probe>());
 }
 
 // See Program::run.

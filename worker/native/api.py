@@ -86,6 +86,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
     "tps_program_swiglu": (None, (_POINTER, _INT, _INT, _INT)),
+    "tps_program_probe": (None, (_POINTER, _INT, _INT)),
     "tps_program_run": (_INT, (_POINTER, _POINTER, _INT)),
     "tps_program_floats": (_POINTER, (_POINTER, _INT)),
     "tps_program_comm_seconds": (ctypes.c_double, (_POINTER,)),
@@ -250,6 +251,7 @@ class StepArrays:
         self._capacity = self._sequences = 0
         self._table = np.empty(0, dtype=np.int32)
         self._table_address = 0
+        self._logit_rows = np.empty(0, dtype=np.int32)
         self._logits = np.empty(0, dtype=np.float32)
         self._best = np.empty((0, 2))
 
@@ -258,8 +260,13 @@ class StepArrays:
         sequences: Sequence[SequenceStep],
         last_tokens: npt.NDArray[np.int64],
         logit_columns: int,
+        *,
+        every_token: bool = False,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be."""
+        """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be.
+
+        every_token: B are all tokens of the step, not the last ones of sequences that want a token.
+        """
         ids: list[int] = []
         rows: list[tuple[int, int, int, int, int]] = []
         logit_rows: list[int] = []
@@ -276,8 +283,13 @@ class StepArrays:
             at += len(s.blocks)
             if s.sampling is not None:
                 logit_rows.append(len(ids) - 1)
+        if every_token:
+            logit_rows = list(range(len(ids)))
         tokens, wanted = len(ids), len(logit_rows)
         self._reserve_tokens(tokens)
+        if wanted > len(self._logit_rows):
+            self._logit_rows = np.empty(2 * wanted, dtype=np.int32)
+            self._struct.logit_rows = self._logit_rows.ctypes.data
         self._table[: len(table) // 4] = np.frombuffer(table, dtype="<i4")
         self._ids[:tokens] = ids
         self._rows[: len(rows)] = rows
@@ -304,9 +316,7 @@ class StepArrays:
         if sequences > self._sequences:
             self._sequences = 2 * sequences
             self._rows = np.empty(self._sequences, dtype=_SEQUENCE)
-            self._logit_rows = np.empty(self._sequences, dtype=np.int32)
             self._struct.sequences = self._rows.ctypes.data
-            self._struct.logit_rows = self._logit_rows.ctypes.data
         if blocks > len(self._table):
             self._table = np.empty(2 * blocks, dtype=np.int32)
             self._table_address = self._table.ctypes.data

@@ -65,7 +65,8 @@ class Program {
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 
     // Runs from operation `first` on. Returns kDone, or the operation to go on with after the host has
-    // added up the roots in `roots`, or -2 - r if rank r stayed silent in a collective.
+    // done what the one before it stopped for (added up roots, read a probe), or -2 - r if rank r stayed
+    // silent in a collective.
     int run(const Step& step, int first);
 
     float* floats(Buffer buffer) const { return reinterpret_cast<float*>(buffers_[buffer].memory.data()); }
@@ -175,6 +176,12 @@ struct Attend : Program::Op {
     int window;
     float scale;  // of the scores
     void run(Program&, const Step&, int thread) override;
+};
+
+// Nothing, but the host reads buffers before the next operation.
+struct Probe : Program::Op {
+    void run(Program&, const Step&, int) override {}
+    bool stops() const override { return true; }
 };
 
 // out [T][count] = silu(first half of a row of gate_up) * second half

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from shared.messages import SequenceStep
+from worker.comm.base import Floats
 from worker.sampling.vocabulary import Ints, StepLogits
 
 Value = Any
@@ -96,6 +97,12 @@ class Ops(Protocol):
     def block_bytes(self, layers: int, layout: HeadLayout) -> int:
         """Memory of one KV block over all layers."""
 
+    def observe(self, take: Callable[[Floats], None]) -> None:
+        """Before `allocate`: every step calls `take` with x + delta of every `probe`, [T, N].
+
+        The array is the caller's. For a rank that is alone; steps are slower, their results the same.
+        """
+
     def allocate(
         self,
         forward: Callable[[], Value],
@@ -150,6 +157,9 @@ class Ops(Protocol):
     def swiglu(self, gate_up: Value) -> Value:
         """silu(gate) * up (Shazeer 2020): [T, 2 * rows] -> [T, rows]."""
 
+    def probe(self, x: Value, delta: Value) -> None:
+        """A place where an observer sees x + delta; without one this is nothing."""
+
     def logits(self, x: Value, head: Weight) -> Value:
         """x [B, hidden] times the head's own rows: [B, own tokens]."""
 
@@ -158,10 +168,13 @@ class Ops(Protocol):
     def copy_block(self, source: int, target: int) -> None:
         """Copy a KV block in every layer."""
 
-    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> StepLogits:
+    def run(
+        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+    ) -> StepLogits:
         """One forward pass: logits [B, own tokens] of the sequences that want a token.
 
-        last_tokens: by slot, for sequences that bring no tokens. Raises CommError.
+        last_tokens: by slot, for sequences that bring no tokens. every_token: logits [T, own tokens]
+        after every token of the step instead. Raises CommError.
         """
 
     @property

@@ -20,7 +20,7 @@ from shared.errors import ConfigError
 from shared.messages import BLOCK_TOKENS, SequenceStep
 from shared.model_config import ModelConfig
 from shared.sharding import ReductionTree, aligned_subtrees
-from worker.comm.base import Communicator
+from worker.comm.base import Communicator, Floats
 from worker.native.api import (
     FORMATS,
     GROUP,
@@ -156,6 +156,8 @@ class NativeOps:
         self._kv = 0
         self._program = 0
         self._roots_after: dict[int, tuple[Value, int]] = {}
+        self._probed_after: dict[int, tuple[Value, Value]] = {}
+        self._take: Callable[[Floats], None] | None = None
         self._buffers: dict[Value, int] = {}
         self._arrays = StepArrays()
         self._head: Matrix | None = None
@@ -239,6 +241,11 @@ class NativeOps:
         scale = _INT8_SCALE_BYTES if self._kv_dtype == "int8" else 0
         row = _filled_head(layout.head_dim) * _KV_BYTES[self._kv_dtype] + scale
         return 2 * layers * len(layout.kv_heads) * BLOCK_TOKENS * row
+
+    def observe(self, take: Callable[[Floats], None]) -> None:
+        """See Ops."""
+        assert self._comm.world == 1, "other ranks' sums are not in a buffer"
+        self._take = take
 
     def allocate(
         self,
@@ -380,6 +387,12 @@ class NativeOps:
         self._call("swiglu", gate_up, out, count)
         return out
 
+    def probe(self, x: Value, delta: Value) -> None:
+        """See Ops."""
+        if self._take is not None:
+            self._call("probe", x, delta)
+            self._probed_after[self._operations] = (x, delta)
+
     def logits(self, x: Value, head: Matrix) -> Value:
         """See Ops."""
         self._head = head
@@ -406,25 +419,40 @@ class NativeOps:
         """See Ops."""
         self._library.tps_kv_copy(self._kv, source, target)
 
-    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> StepLogits:
+    def run(
+        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+    ) -> StepLogits:
         """See Ops."""
         assert self._head is not None, "allocate comes before steps"
         arrays = self._arrays
-        logits, best = arrays.fill(sequences, last_tokens, self._head.padded_rows)
+        logits, best = arrays.fill(
+            sequences, last_tokens, self._head.padded_rows, every_token=every_token
+        )
         at = 0
         while (at := self._library.tps_program_run(self._program, arrays.address, at)) != _DONE:
             if at < _DONE:
                 raise self._comm.lost(-2 - at, "all-reduce")
-            self._reduce_on_host(*self._roots_after[at], arrays.tokens)
+            if at in self._probed_after:
+                self._hand_out(*self._probed_after[at], arrays.tokens)
+            else:
+                self._reduce_on_host(*self._roots_after[at], arrays.tokens)
         return StepLogits(logits[:, : self._head.rows], best)
 
     def _reduce_on_host(self, value: Value, roots: int, tokens: int) -> None:
         """The rest of an all-reduce: the total takes the place of the first root."""
-        address = self._library.tps_program_floats(self._program, self._buffers[value])
-        length = tokens * value.width // roots
-        floats = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
-        rows = np.ctypeslib.as_array(floats, (roots, length))
+        rows = self._floats(value, roots, tokens * value.width // roots)
         rows[0] = self._comm.all_reduce_roots(rows)
+
+    def _hand_out(self, x: Value, delta: Value, tokens: int) -> None:
+        assert self._take is not None, "who observes comes before probes"
+        total = self._floats(x, tokens, x.width) + self._floats(delta, tokens, delta.width)
+        self._take(total[:, : x.columns])
+
+    def _floats(self, value: Value, rows: int, columns: int) -> Floats:
+        """The beginning of a value's buffer, [rows, columns]; of this step only."""
+        address = self._library.tps_program_floats(self._program, self._buffers[value])
+        floats = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(floats, (rows, columns))
 
     @property
     def comm_seconds(self) -> float:

@@ -92,6 +92,7 @@ class TorchOps:
         self._comm, self._dtype, self._kv_dtype = comm, dtype, kv_dtype
         self._window = sliding_window
         self._forward: Callable[[], torch.Tensor] | None = None
+        self._take: Callable[[Floats], None] | None = None
         self.weight_bytes = 0
         self.comm_seconds = 0.0  # the communicator sees them all
         self._cache: KVCache | None = None
@@ -137,6 +138,10 @@ class TorchOps:
     def block_bytes(self, layers: int, layout: HeadLayout) -> int:
         """See Ops."""
         return block_bytes(layers, len(layout.kv_heads), layout.head_dim, self._kv_dtype)
+
+    def observe(self, take: Callable[[Floats], None]) -> None:
+        """See Ops."""
+        self._take = take
 
     def allocate(
         self,
@@ -222,6 +227,11 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def probe(self, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """See Ops."""
+        if self._take is not None:
+            self._take((x + delta).numpy())
+
     def logits(self, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """See Ops."""
         return linear(x, head)
@@ -239,15 +249,19 @@ class TorchOps:
         self._cache.copy(source, target)
 
     @torch.inference_mode()
-    def run(self, sequences: Sequence[SequenceStep], last_tokens: Ints) -> StepLogits:
+    def run(
+        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+    ) -> StepLogits:
         """See Ops."""
         assert self._forward is not None, "allocate comes before steps"
-        self._step = prepare(sequences, last_tokens, self._window)
+        self._step = prepare(sequences, last_tokens, self._window, every_token)
         logits: Floats = self._forward().numpy()
         return StepLogits(logits, best_of(logits))
 
 
-def prepare(sequences: Sequence[SequenceStep], last_tokens: Ints, window: int | None) -> StepInput:
+def prepare(
+    sequences: Sequence[SequenceStep], last_tokens: Ints, window: int | None, every_token: bool
+) -> StepInput:
     """The tensors of one forward pass."""
     ids, positions, places, logit_rows = [], [], [], []
     prefill: list[PrefillSpan] = []
@@ -269,6 +283,8 @@ def prepare(sequences: Sequence[SequenceStep], last_tokens: Ints, window: int | 
         row += count
         if s.sampling is not None:
             logit_rows.append(row - 1)
+    if every_token:
+        logit_rows = [*range(row)]
     return StepInput(
         ids=torch.tensor(ids),
         positions=torch.from_numpy(np.concatenate(positions)),
