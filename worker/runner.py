@@ -30,6 +30,10 @@ from worker.sampling.vocabulary import Ints, Vocabulary
 from worker.shard_cache import ShardCache, cache_key
 
 
+_TRIM_EVERY_BYTES = 32 << 20
+"""Of packed weights: what they were read into would stay with the C library, hundreds of megabytes."""
+
+
 @dataclass
 class LoadedModel:
     """One model on this rank."""
@@ -70,8 +74,16 @@ class Runner:
         folder = Path(order.path)
         config = read_model_config(folder)
         shards = ModelShards(config, self._virtual_shards)
-        cache = self._shard_cache(order)
-        ops = make_ops(order, config, self._comm, self._pool, self._owned, progress, cache)
+        cache, trimmed_at = self._shard_cache(order), 0
+
+        def packed(weight_bytes: int) -> None:
+            nonlocal trimmed_at
+            if weight_bytes >= trimmed_at + _TRIM_EVERY_BYTES:
+                trimmed_at = weight_bytes
+                _give_memory_back()
+            progress(weight_bytes)
+
+        ops = make_ops(order, config, self._comm, self._pool, self._owned, packed, cache)
         placement = Placement(shards, self._owned[self._comm.rank], ops)
         checkpoint = Checkpoint(folder)
         decoder = None
