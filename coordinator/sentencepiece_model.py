@@ -54,7 +54,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     try:
         model = _parse(data)
-    except (ValueError, IndexError, TypeError, struct.error):
+    except (ValueError, LookupError, TypeError, struct.error):
         model = SentencePieceModel()
     if not model.pieces:
         raise ModelError(
@@ -106,7 +106,10 @@ def build_tokenizer(model: SentencePieceModel, *, spaced_segments: bool, prefix:
 def _tokenizer_model(model: SentencePieceModel) -> models.Model:
     unknown = next((i for i, p in enumerate(model.pieces) if p.type == _UNKNOWN), None)
     if model.kind == _UNIGRAM:
-        scored = [(piece.text, piece.score) for piece in model.pieces]
+        # A byte's piece stands for that byte only, not for a text that reads "<0x41>": there, six
+        # characters by themselves have to be more probable.
+        never = 10 * min(piece.score for piece in model.pieces) - 100
+        scored = [(p.text, never if p.type == _BYTE else p.score) for p in model.pieces]
         return models.Unigram(scored, unknown, model.byte_fallback)
     return models.BPE(
         vocab={piece.text: i for i, piece in enumerate(model.pieces)},
@@ -134,7 +137,7 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def _parse(data: bytes) -> SentencePieceModel:
-    """Raises ValueError, IndexError, TypeError or struct.error for what is no such message."""
+    """Raises ValueError, LookupError, TypeError or struct.error for what is no such message."""
     model = SentencePieceModel()
     for number, value in _fields(data):
         if number == 1:
