@@ -15,7 +15,7 @@ Report = Callable[[str], None]
 """Takes one line for people."""
 
 _SPEC = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(@(?P<revision>[\w./+-]{1,255}))?",
+    r"(?!.*\.\.)(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(@(?P<revision>[\w./+-]{1,255}))?",
     re.ASCII,
 )
 
@@ -41,7 +41,7 @@ def parse_hub_model(spec: str) -> HubModel | None:
 def local_folder(spec: str) -> Path | None:
     """The folder of that name, absolute; None when there is none."""
     folder = Path(spec).expanduser()
-    return folder.resolve() if folder.is_dir() else None
+    return folder.resolve() if spec and folder.is_dir() else None
 
 
 def resolve_model(spec: str, *, offline: bool, report: Report | None = None) -> Path:
@@ -57,7 +57,7 @@ def resolve_model(spec: str, *, offline: bool, report: Report | None = None) -> 
     model = parse_hub_model(spec)
     if model is None:
         raise ModelError(
-            f"{spec} is neither a folder nor a model of the Hugging Face hub (ORG/NAME or "
+            f"{spec!r} is neither a folder nor a model of the Hugging Face hub (ORG/NAME or "
             "ORG/NAME@REVISION): check the spelling"
         )
     from shared.hub_download import fetch

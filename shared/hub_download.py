@@ -60,7 +60,10 @@ def fetch(model: HubModel, *, offline: bool, report: Report) -> Path:
     """
     with _quiet_library():
         if offline or constants.is_offline_mode():
-            return _cached(model, "downloads are off (--offline or HF_HUB_OFFLINE)")
+            offline_by = (
+                "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub was not asked"
+            )
+            return _cached(model, offline_by)
         try:
             info = HfApi().model_info(
                 model.name, revision=model.revision, files_metadata=True, timeout=_TIMEOUT_S
@@ -198,8 +201,8 @@ def _cached(model: HubModel, why: str) -> Path:
         raise _explained(error, model) from None
     if not complete:
         raise ModelError(
-            f"{model} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and {why}: "
-            f"run tpserve pull {model} where the hub can be reached (tpserve list shows what is in "
+            f"there is no folder {model}, and the cache {constants.HF_HUB_CACHE} has no complete "
+            f"{model}; {why}: run tpserve pull {model} where the hub can be reached (tpserve list shows what is in "
             "the cache)"
         )
     log.info("%s: the copy in the cache is used: %s", model, why)

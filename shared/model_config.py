@@ -89,6 +89,12 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
+class _RawKind(Struct):
+    """What is read first: the fields of other architectures have other names."""
+
+    model_type: str
+
+
 class _RawConfig(Struct, kw_only=True):
     """The fields of a Hugging Face config.json that matter to the computation; others are ignored."""
 
@@ -141,9 +147,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     supported.
     """
     path = folder / "config.json"
+    kind = _kind(_read_json(path, _RawKind).model_type, path)
     raw = _read_json(path, _RawConfig)
     generation = _read_generation_config(folder)
-    _refuse_unsupported(raw, path)
+    _refuse_unsupported(raw, kind, path)
 
     kv_heads = raw.num_key_value_heads or raw.num_attention_heads
     if raw.num_attention_heads % kv_heads:
@@ -166,7 +173,6 @@ def read_model_config(folder: Path) -> ModelConfig:
         raw.max_position_embeddings,
         path,
     )
-    kind = ARCHITECTURES[raw.model_type]
     eos = raw.eos_token_id if generation.eos_token_id is UNSET else generation.eos_token_id
     return ModelConfig(
         model_type=raw.model_type,
@@ -221,13 +227,17 @@ def _read_json(path: Path, kind: type[T]) -> T:
         raise ModelError(f"{path}: {error}") from None
 
 
-def _refuse_unsupported(raw: _RawConfig, path: Path) -> None:
-    kind = ARCHITECTURES.get(raw.model_type)
+def _kind(model_type: str, path: Path) -> Architecture:
+    kind = ARCHITECTURES.get(model_type)
     if kind is None:
         supported = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"{path}: model_type {raw.model_type!r} is not supported (supported: {supported})"
+            f"{path}: model_type {model_type!r} is not supported (supported: {supported})"
         )
+    return kind
+
+
+def _refuse_unsupported(raw: _RawConfig, kind: Architecture, path: Path) -> None:
     if raw.hidden_act != "silu":
         raise ModelError(f"{path}: hidden_act {raw.hidden_act!r} is not supported (only 'silu')")
     for name, meant in (("attention_bias", kind.qkv_bias), ("mlp_bias", kind.mlp_bias)):
