@@ -162,12 +162,11 @@ def _generation_flags() -> argparse.ArgumentParser:
         "--min-p",
         metavar="P",
         type=float,
-        default=0.0,
         help="leave out tokens less likely than P times the likeliest",
     )
     flags.add_argument("--seed", metavar="N", type=int, help="same request and seed, same text")
     for name, neutral, what in (
-        ("repetition", 1.0, "divides the logits of tokens that occur in prompt or answer"),
+        ("repetition", None, "divides the logits of tokens that occur in prompt or answer"),
         ("presence", 0.0, "taken off the logits of tokens that the answer has"),
         ("frequency", 0.0, "the same, times how often it has them"),
     ):

@@ -277,6 +277,8 @@ def _quiet_library() -> Iterator[None]:
     """What huggingface_hub would print is said here in other words."""
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.CRITICAL)
+    for name in ("httpx", "httpx2"):  # a line for every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with disable_progress_bars():
             yield

@@ -130,6 +130,8 @@ class _RawGenerationConfig(Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
 
 
 class GenerationDefaults(Struct, frozen=True, kw_only=True):
@@ -138,6 +140,8 @@ class GenerationDefaults(Struct, frozen=True, kw_only=True):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -199,7 +203,10 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """Temperature, top-k and top-p of `generation_config.json`; neutral values where it has none."""
+    """Those of `generation_config.json`; neutral values where it has none.
+
+    Where the author does not want sampling, greedy; penalties count then too.
+    """
     raw = _read_generation_config(folder)
     neutral = GenerationDefaults()
     return GenerationDefaults(
@@ -208,6 +215,10 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         else 0.0,
         top_k=neutral.top_k if raw.top_k is None else raw.top_k,
         top_p=neutral.top_p if raw.top_p is None else raw.top_p,
+        min_p=neutral.min_p if raw.min_p is None else raw.min_p,
+        repetition_penalty=neutral.repetition_penalty
+        if raw.repetition_penalty is None
+        else raw.repetition_penalty,
     )
 
 

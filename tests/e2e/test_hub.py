@@ -6,7 +6,7 @@ import pytest
 
 from client.zmq_client import Client
 from tests.e2e.server import Server
-from tests.hub.conftest import hub, hub_env  # noqa: F401 - fixtures
+from tests.hub.conftest import MODEL_FILES, hub, hub_env  # noqa: F401 - fixtures
 from tests.hub.stub import Stub
 
 
@@ -23,6 +23,7 @@ def test_a_server_downloads_its_model_and_starts_without_the_hub_afterwards(
     assert len(first.text) > 12
     assert Path(model.path).is_relative_to(tmp_path / "hf")
     assert any("downloading org/story" in line for line in server.log)
+    assert not any("HTTP Request" in line for line in server.log)
     assert sorted(hub.downloads()).count("model.safetensors") == 1
 
     hub.stop()
@@ -45,3 +46,23 @@ def test_a_model_that_cannot_be_had_ends_the_start_with_a_line(
     errors = [line for line in server.log if "error" in line]
     assert len(errors) == 1
     assert errors[0].startswith("tpserve: error: model chat: there is no folder org/nothing")
+
+
+@pytest.mark.slow
+def test_the_authors_penalty_counts_unless_the_request_has_its_own(
+    hub: Stub,  # noqa: F811
+    hub_env: dict[str, str],  # noqa: F811
+) -> None:
+    hub.add("org/story", MODEL_FILES | {"generation_config.json": b'{"repetition_penalty": 2.0}'})
+    flags = ("--model", "story=org/story", "--kv-memory", "64M")
+    with Server(*flags, env=hub_env) as server, Client(server.wait_ready()) as client:
+
+        def story(penalty: float | None) -> str:
+            return (
+                client.story("Once", max_tokens=40, temperature=0, repetition_penalty=penalty)
+                .result()
+                .text
+            )
+
+        assert story(None) == story(2.0)
+        assert story(None) != story(1.0)

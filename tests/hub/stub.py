@@ -32,6 +32,8 @@ class Stub:
     """Files whose first GET ends in the middle."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, Range header) of each."""
+    declared: dict[str, int] = field(default_factory=dict)
+    """Sizes that the list of files gives in place of the true ones."""
     slow_s: float = 0.0
     """Pause after the first piece of a file."""
 
@@ -125,7 +127,10 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                     for file, data in files.items()
                 ]
                 return self._send(200, json.dumps(tree).encode())
-            siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
+            siblings = [
+                {"rfilename": file, "size": stub.declared.get(file, len(data))}
+                for file, data in files.items()
+            ]
             info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
             return self._send(200, json.dumps(info).encode())
 

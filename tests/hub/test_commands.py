@@ -160,6 +160,16 @@ def test_several_files_of_weights_come_with_their_index(hub: Stub, tpserve: Run)
     }
 
 
+def test_a_model_larger_than_the_disk_is_refused_before_anything_comes(
+    hub: Stub, tpserve: Run
+) -> None:
+    hub.declared["model.safetensors"] = 10**17
+    line = refused(tpserve("pull", "org/story"))
+    assert "org/story needs 100000.0 TB" in line
+    assert "HF_HOME" in line
+    assert hub.downloads() == []
+
+
 def test_an_address_that_is_no_hub_is_said_so(hub: Stub, tpserve: Run) -> None:
     line = refused(tpserve("pull", "org/story", HF_ENDPOINT=hub.address + "/nowhere"))
     assert "/nowhere" in line
