@@ -37,6 +37,11 @@ class TokenText(Struct):
     normalized: bool = False
 
 
+class _SpecialTokens(Struct):
+    bos_token: str | TokenText | None = None
+    eos_token: str | TokenText | None = None
+
+
 class TokenizerConfig(Struct):
     """The fields of tokenizer_config.json that are used; the rest is ignored."""
 
@@ -53,7 +58,13 @@ class TokenizerConfig(Struct):
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Parse `tokenizer_config.json`; an empty one where it is missing. Raises ModelError."""
-    return _read_json(folder / "tokenizer_config.json", TokenizerConfig) or TokenizerConfig()
+    config = _read_json(folder / "tokenizer_config.json", TokenizerConfig) or TokenizerConfig()
+    if config.bos_token is None or config.eos_token is None:
+        # Older checkpoints have them here.
+        older = _read_json(folder / "special_tokens_map.json", _SpecialTokens) or _SpecialTokens()
+        config.bos_token = config.bos_token or older.bos_token
+        config.eos_token = config.eos_token or older.eos_token
+    return config
 
 
 def load_tokenizer(folder: Path, config: TokenizerConfig) -> Tokenizer:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import time
@@ -200,6 +202,24 @@ def test_ctrl_c_ends_a_download_at_once_and_leaves_nothing_half(
     assert output == ""
     assert "Traceback" not in errors
     assert list(blobs.glob("*.incomplete")) == []
+
+
+def test_on_a_terminal_a_line_shows_how_far_the_download_is(
+    hub: Stub, hub_env: dict[str, str]
+) -> None:
+    hub.add("org/large", {"config.json": b"{}", "model.safetensors": b"x" * (25 << 20)})
+    hub.slow_s = 2.0
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [TPSERVE, "pull", "org/large"], env=hub_env, stdout=subprocess.PIPE, stderr=theirs
+    )
+    output, _ = process.communicate(timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert Path(output.decode().strip()).is_dir()
+    assert re.search(r"\rorg/large: 40 % of 26.2 MB, \d+\.\d .B/s", shown), shown
+    assert "\n" not in shown.removeprefix("downloading org/large: 26.2 MB\r\n")
 
 
 def listed(tpserve: Run) -> list[dict[str, Any]]:
