@@ -137,7 +137,7 @@ def _download(model: HubModel, commit: str, sizes: dict[str, int], report: Repor
                 progress.close()
         try:
             return Path(task.result())
-        except (NetworkError, XetDownloadError, HFValidationError, RuntimeError, OSError) as error:
+        except (NetworkError, XetDownloadError, RuntimeError, OSError, ValueError) as error:
             raise _explained(error, model) from None
 
 
@@ -221,7 +221,7 @@ def _explained(error: Exception, model: HubModel) -> ModelError:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # it was not in the cache either; why it was looked for there
     where = constants.ENDPOINT
-    token = "the token (HF_TOKEN) has no access" if get_token() else "no token is set"
+    token = _about_token()
     if isinstance(error, GatedRepoError):
         text = (
             f"{model.name} is gated, and {token}: ask for access at {where}/{model.name}, then set "
@@ -243,16 +243,30 @@ def _explained(error: Exception, model: HubModel) -> ModelError:
             f"the disk is full: make room in {constants.HF_HUB_CACHE} (tpserve list, tpserve rm), "
             "or set HF_HOME to a folder on another disk"
         )
-    elif isinstance(error, PermissionError):
-        text = f"{error.filename} may not be written: set HF_HOME to a folder of your own"
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename} cannot be used ({error.strerror}): set HF_HOME to a folder of your own"
     elif isinstance(error, HFValidationError):
         text = f"{model} is no name of the hub: {_short(error)}"
+    elif isinstance(error, HfHubHTTPError):
+        text = (
+            f"{where} answers {error.response.status_code} when asked for {model}: check HF_ENDPOINT "
+            "if you have set it, else try again later"
+        )
+    elif isinstance(error, ValueError | TypeError | LookupError):
+        text = f"{where} does not answer as a hub does ({_short(error)}): check HF_ENDPOINT"
     else:
         text = (
             f"the download of {model} from {where} broke off ({_short(error)}): try again; "
             "complete files are kept"
         )
     return ModelError(text)
+
+
+def _about_token() -> str:
+    try:
+        return "the token (HF_TOKEN) has no access" if get_token() else "no token is set"
+    except OSError:
+        return "the token file of HF_HOME cannot be read"
 
 
 def _short(error: Exception) -> str:

@@ -99,6 +99,8 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                 self._answer_api(name, what, revision or "main")
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 self._answer_file(*match.groups())
+            elif path.startswith("/page/"):
+                self._send(200, b"<html>")
             else:
                 self._refuse(404, "NotFound")
 

@@ -174,12 +174,16 @@ def test_a_model_larger_than_the_disk_is_refused_before_anything_comes(
 
 def test_an_address_that_is_no_hub_is_said_so(hub: Stub, tpserve: Run) -> None:
     line = refused(tpserve("pull", "org/story", HF_ENDPOINT=hub.address + "/nowhere"))
-    assert "/nowhere" in line
+    assert "/nowhere answers 404 when asked for org/story: check HF_ENDPOINT" in line
+    line = refused(tpserve("pull", "org/story", HF_ENDPOINT=hub.address + "/page"))
+    assert "/page does not answer as a hub does" in line
 
 
-def test_a_cache_that_may_not_be_written_is_named(tpserve: Run) -> None:
-    line = refused(tpserve("pull", "org/story", HF_HOME="/proc/nothing"))
-    assert "/proc/nothing" in line or "org/story" in line
+def test_a_cache_that_cannot_be_used_is_named(tpserve: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    line = refused(tpserve("pull", "org/story", HF_HOME=str(tmp_path / "file")))
+    assert f"{tmp_path}/file" in line
+    assert "cannot be used (Not a directory): set HF_HOME" in line
 
 
 def test_ctrl_c_ends_a_download_at_once_and_leaves_nothing_half(
@@ -218,7 +222,7 @@ def test_on_a_terminal_a_line_shows_how_far_the_download_is(
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert Path(output.decode().strip()).is_dir()
-    assert re.search(r"\rorg/large: 40 % of 26.2 MB, \d+\.\d .B/s", shown), shown
+    assert re.search(r"\rorg/large: (39|40) % of 26.2 MB, \d+\.\d .B/s", shown), shown
     assert "\n" not in shown.removeprefix("downloading org/large: 26.2 MB\r\n")
 
 
