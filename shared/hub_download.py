@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -72,13 +73,13 @@ def fetch(model: HubModel, *, offline: bool, report: Report) -> Path:
             if _hub_is_away(error):
                 return _cached(model, f"{constants.ENDPOINT} cannot be reached ({_short(error)})")
             raise _explained(error, model) from None
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        names = wanted_files(sizes)
+        files = {file.rfilename: file for file in info.siblings or []}
+        names = wanted_files(files)
         if not has_weights(names):
-            raise ModelError(_without_weights(model, sizes))
+            raise ModelError(_without_weights(model, files))
         if info.sha is None:
             raise ModelError(f"{constants.ENDPOINT} names no commit for {model}: is it a hub?")
-        return _download(model, info.sha, {name: sizes[name] for name in names}, report)
+        return _download(model, info.sha, [files[name] for name in names], report)
 
 
 def wanted_files(names: Iterable[str]) -> list[str]:
@@ -107,10 +108,14 @@ def cache_folder(model: HubModel) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{model.name.replace('/', '--')}"
 
 
-def _download(model: HubModel, commit: str, sizes: dict[str, int], report: Report) -> Path:
+def _download(model: HubModel, commit: str, files: list[RepoSibling], report: Report) -> Path:
     cache = cache_folder(model)
     snapshot = cache / "snapshots" / commit
-    missing = {name: size for name, size in sizes.items() if not (snapshot / name).exists()}
+    missing = {
+        file.rfilename: file.size or 0
+        for file in files
+        if not (snapshot / file.rfilename).exists() and not _blob(cache, file).exists()
+    }
     total = sum(missing.values())
     _check_disk(model, cache, total)
     stale = set(_partial_files(cache))
@@ -120,7 +125,7 @@ def _download(model: HubModel, commit: str, sizes: dict[str, int], report: Repor
             snapshot_download,
             model.name,
             revision=model.revision,
-            allow_patterns=list(sizes),
+            allow_patterns=[file.rfilename for file in files],
         )
         try:
             while not _done(task):
@@ -139,6 +144,11 @@ def _download(model: HubModel, commit: str, sizes: dict[str, int], report: Repor
             return Path(task.result())
         except (NetworkError, XetDownloadError, RuntimeError, OSError, ValueError) as error:
             raise _explained(error, model) from None
+
+
+def _blob(cache: Path, file: RepoSibling) -> Path:
+    """Where the content of a file is kept for all revisions that have it."""
+    return cache / "blobs" / str(file.lfs.sha256 if file.lfs else file.blob_id)
 
 
 def _done(task: "Future[str]") -> bool:

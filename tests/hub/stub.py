@@ -130,7 +130,11 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                 ]
                 return self._send(200, json.dumps(tree).encode())
             siblings = [
-                {"rfilename": file, "size": stub.declared.get(file, len(data))}
+                {
+                    "rfilename": file,
+                    "size": stub.declared.get(file, len(data)),
+                    "blobId": _etag(data),
+                }
                 for file, data in files.items()
             ]
             info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -56,6 +57,16 @@ def test_a_second_pull_downloads_nothing(hub: Stub, tpserve: Run) -> None:
     assert result.stderr == ""
 
 
+def test_a_new_commit_brings_only_what_it_changed(hub: Stub, tpserve: Run) -> None:
+    old = pulled(tpserve("pull", "org/story"))
+    hub.add("org/story", MODEL_FILES | {"generation_config.json": b"{}"})
+    hub.requests.clear()
+    result = tpserve("pull", "org/story")
+    assert pulled(result) != old
+    assert hub.downloads() == ["generation_config.json"]
+    assert result.stderr == "downloading org/story: 2 B\n"
+
+
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Stub, tpserve: Run) -> None:
     weights = os.urandom(1 << 20) * 25
     hub.add("org/large", {"config.json": b"{}", "model.safetensors": weights})
@@ -72,6 +83,17 @@ def test_offline_takes_what_the_cache_has(hub: Stub, tpserve: Run) -> None:
     hub.stop()
     assert pulled(tpserve("pull", "org/story", "--offline")) == folder
     assert pulled(tpserve("pull", "org/story", HF_HUB_OFFLINE="1")) == folder
+
+
+def test_what_another_program_has_put_into_the_cache_is_used_too(
+    hub: Stub, tpserve: Run, tmp_path: Path
+) -> None:
+    folder = pulled(tpserve("pull", "org/story"))
+    # Single files, and older versions of the library, leave no list of what belongs to a model.
+    shutil.rmtree(tmp_path / "hf" / "hub" / "models--org--story" / "trees")
+    assert pulled(tpserve("pull", "org/story", "--offline")) == folder
+    (folder / "model.safetensors").unlink()
+    assert "no complete org/story" in refused(tpserve("pull", "org/story", "--offline"))
 
 
 def test_a_hub_that_is_away_does_not_matter_when_the_cache_has_the_model(
