@@ -134,7 +134,31 @@ def argument_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"
     )
+    _add_cache_commands(commands, as_json)
     return parser
+
+
+def _add_cache_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    as_json: argparse.ArgumentParser,
+) -> None:
+    """Those that need no server: models of the Hugging Face hub and their cache."""
+    spec = "ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub"
+    pull = commands.add_parser(
+        "pull",
+        help="download a model of the Hugging Face hub",
+        description="Download a model into the cache, or what is missing of it, and print its folder.",
+    )
+    pull.add_argument("spec", metavar="MODEL", help=spec)
+    pull.add_argument("--offline", action="store_true", help="only look whether the cache has it")
+    commands.add_parser("list", parents=[as_json], help="the models in the cache")
+    rm = commands.add_parser("rm", help="delete a model from the cache")
+    rm.add_argument("spec", metavar="MODEL", help=f"{spec}; without a revision, all of them")
+    rm.add_argument("--yes", action="store_true", help="do not ask")
+    show = commands.add_parser(
+        "show", parents=[as_json], help="what a model is; needs no server and no hub"
+    )
+    show.add_argument("spec", metavar="MODEL", help=f"a folder, or {spec} that is in the cache")
 
 
 def _server_flags() -> argparse.ArgumentParser:
@@ -172,12 +196,11 @@ def _generation_flags() -> argparse.ArgumentParser:
         "--min-p",
         metavar="P",
         type=float,
-        default=0.0,
         help="leave out tokens less likely than P times the likeliest",
     )
     flags.add_argument("--seed", metavar="N", type=int, help="same request and seed, same text")
     for name, neutral, what in (
-        ("repetition", 1.0, "divides the logits of tokens that occur in prompt or answer"),
+        ("repetition", None, "divides the logits of tokens that occur in prompt or answer"),
         ("presence", 0.0, "taken off the logits of tokens that the answer has"),
         ("frequency", 0.0, "the same, times how often it has them"),
     ):

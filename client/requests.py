@@ -28,9 +28,9 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
-    min_p: float
+    min_p: float | None
     seed: int | None
-    repetition_penalty: float
+    repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
     logit_bias: dict[int, float]

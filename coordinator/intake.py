@@ -161,8 +161,10 @@ def resolve(
         top_k=defaults.top_k if params.top_k is None else params.top_k,
         top_p=defaults.top_p if params.top_p is None else params.top_p,
         seed=seed % (1 << 63),
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
+        min_p=defaults.min_p if params.min_p is None else params.min_p,
+        repetition_penalty=defaults.repetition_penalty
+        if params.repetition_penalty is None
+        else params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias,

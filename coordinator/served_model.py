@@ -1,7 +1,7 @@
 """A model as the coordinator knows it: configuration, text side, and its scheduler."""
 
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from coordinator.cluster import ModelOnWorkers
 from coordinator.jobs import JobQueue
@@ -10,6 +10,7 @@ from coordinator.scheduler import Scheduler
 from coordinator.text import TextModel
 from shared.config import Settings
 from shared.errors import ModelError
+from shared.hub import resolve_model
 from shared.messages import BLOCK_TOKENS, ModelInfo, ModelState, Precision
 from shared.model_config import (
     GenerationDefaults,
@@ -19,10 +20,12 @@ from shared.model_config import (
 )
 from shared.precision import kv_precision
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class ServedModel:
-    """One entry of `--model NAME=PATH`."""
+    """One entry of `--model NAME=MODEL`."""
 
     name: str
     config: ModelConfig
@@ -70,10 +73,14 @@ class ServedModel:
 
 
 def open_model(name: str, path: str, settings: Settings) -> ServedModel:
-    """Read everything but the weights. Raises ModelError naming the file and what is wrong."""
-    folder = Path(path).expanduser().resolve()
-    if not folder.is_dir():
-        raise ModelError(f"model {name}: {path} is not a folder")
+    """Read everything but the weights, from a folder or from the hub.
+
+    Raises ModelError naming the file and what is wrong.
+    """
+    try:
+        folder = resolve_model(path, offline=settings.offline, report=log.info)
+    except ModelError as error:
+        raise ModelError(f"model {name}: {error.message}") from None
     config = read_model_config(folder)
     limit = settings.max_model_len or config.max_positions
     dtype: Precision = config.dtype if settings.dtype == "auto" else settings.dtype

@@ -6,14 +6,17 @@ Chat templates come with the model and are not trusted: they run in jinja2's imm
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from msgspec import Struct
 from tokenizers import Tokenizer
 
+from coordinator.tokenizer_files import (
+    TokenizerConfig,
+    load_tokenizer,
+    read_tokenizer_config,
+    token_text,
+)
 from shared.errors import ContextLengthError, InvalidRequestError, ModelError
 from shared.messages import Alternative, Message, TokenLogprob, TokenLogprobs
 from shared.model_config import ModelConfig
@@ -31,43 +34,29 @@ _CONTEXT_TOKENS = 4
 _LONGEST_CHARACTER = 4  # bytes, and so tokens, of a character in UTF-8
 
 
-class _NamedTemplate(Struct):
-    name: str
-    template: str
-
-
-class _AddedToken(Struct):
-    content: str
-
-
-class _TokenizerConfig(Struct):
-    """The fields of tokenizer_config.json that are used; the rest is ignored."""
-
-    chat_template: str | list[_NamedTemplate] | None = None
-    bos_token: str | _AddedToken | None = None
-    eos_token: str | _AddedToken | None = None
-
-
 class TextModel:
     """Tokenizer and chat template of one model."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """Read them from `folder`. Raises ModelError naming the file."""
         self._config = config
-        self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        raw = read_tokenizer_config(folder)
+        self._tokenizer = load_tokenizer(folder, raw)
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self._longest_token = max(map(len, vocabulary), default=1)
         highest = max([*vocabulary.values(), *config.eos_ids, config.bos_id or 0], default=0)
         if highest >= config.vocab_size:
             raise ModelError(
-                f"{folder}: tokenizer.json or config.json has a token id {highest}, but vocab_size "
+                f"{folder}: the tokenizer or config.json has a token id {highest}, but vocab_size "
                 f"is {config.vocab_size}"
             )
-        raw = _read_tokenizer_config(folder / "tokenizer_config.json")
         source = _template_source(folder, raw)
         self.has_chat_template = source is not None
         self._template = _compile(source or CHATML, folder)
-        self._special = {"bos_token": _content(raw.bos_token), "eos_token": _content(raw.eos_token)}
+        self._special = {
+            "bos_token": token_text(raw.bos_token),
+            "eos_token": token_text(raw.eos_token),
+        }
 
     def encode_story(self, prompt: str) -> list[int]:
         """Token ids of a text to continue, with the model's own begin token if it wants one."""
@@ -238,34 +227,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    try:
-        description: dict[str, Any] = msgspec.json.decode(path.read_bytes())
-        for token in description.get("added_tokens") or []:
-            # A special token stands for itself. Some files ask for it to be normalised first, which
-            # would give it a leading space and make it ordinary text when it is decoded.
-            if token.get("special"):
-                token["normalized"] = False
-        tokenizer = Tokenizer.from_str(msgspec.json.encode(description).decode())
-        tokenizer.no_truncation()  # what does not fit is refused, not cut
-        tokenizer.no_padding()
-        return tokenizer
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions
-        raise ModelError(f"{path} is not a usable tokenizer: {error}") from None
-
-
-def _read_tokenizer_config(path: Path) -> _TokenizerConfig:
-    if not path.exists():
-        return _TokenizerConfig()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: {error}") from None
-
-
-def _template_source(folder: Path, raw: _TokenizerConfig) -> str | None:
+def _template_source(folder: Path, raw: TokenizerConfig) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
@@ -292,9 +254,3 @@ def _compile(source: str, folder: Path) -> jinja2.Template:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _content(token: str | _AddedToken | None) -> str:
-    if token is None:
-        return ""
-    return token if isinstance(token, str) else token.content

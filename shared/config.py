@@ -33,8 +33,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     workers: Annotated[int, Meta(ge=1, description="worker processes")] = 1
     model: Annotated[
         dict[str, str],
-        Meta(min_length=1, description="NAME=PATH of a model folder; repeatable"),
+        Meta(
+            min_length=1,
+            description="NAME=MODEL, a folder or ORG/NAME[@REVISION] of the hub; repeatable",
+        ),
     ] = msgspec.field(default_factory=_demo_models)
+    offline: Annotated[
+        bool, Meta(description="take models of the hub from the cache, and do not ask the hub")
+    ] = False
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"],
         Meta(description="precision of the weights; auto: the checkpoint's"),
@@ -164,7 +170,7 @@ def argument_parser(
         shown = getattr(defaults, name)
         if name == "model":
             text = f"{meta.description} (default: the bundled demo models as story and chat)"
-            parser.add_argument(flag, action="append", metavar="NAME=PATH", help=text)
+            parser.add_argument(flag, action="append", metavar="NAME=MODEL", help=text)
         elif kind is bool:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, help=f"{meta.description}"
@@ -241,7 +247,7 @@ def _parse_models(items: Sequence[str], source: str) -> dict[str, str]:
     for item in items:
         name, equals, path = item.partition("=")
         if not (equals and path and re.fullmatch(r"[\w.:-]{1,256}", name)):
-            raise ConfigError(f"model ({source}) is {item!r}: write NAME=PATH, as chat=models/x")
+            raise ConfigError(f"model ({source}) is {item!r}: write NAME=MODEL, as chat=models/x")
         if name in models:
             raise ConfigError(f"model ({source}) names {name!r} twice")
         models[name] = path

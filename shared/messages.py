@@ -60,11 +60,11 @@ class SamplingParams(
     """Sample among the k most probable tokens only; 0: among all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Sample among the fewest most probable tokens whose probabilities add up to top_p."""
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     """Leave out tokens less probable than min_p times the most probable one."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     """Same request and seed, same tokens. None: a random one."""
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     """Divides positive and multiplies negative logits of tokens in the prompt or the answer."""
     presence_penalty: Penalty = 0.0
     """Taken off the logits of tokens that the answer already has."""

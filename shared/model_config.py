@@ -89,6 +89,12 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
+class _RawKind(Struct):
+    """What is read first: the fields of other architectures have other names."""
+
+    model_type: str
+
+
 class _RawConfig(Struct, kw_only=True):
     """The fields of a Hugging Face config.json that matter to the computation; others are ignored."""
 
@@ -124,6 +130,8 @@ class _RawGenerationConfig(Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
 
 
 class GenerationDefaults(Struct, frozen=True, kw_only=True):
@@ -132,6 +140,8 @@ class GenerationDefaults(Struct, frozen=True, kw_only=True):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -141,9 +151,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     supported.
     """
     path = folder / "config.json"
+    kind = _kind(_read_json(path, _RawKind).model_type, path)
     raw = _read_json(path, _RawConfig)
     generation = _read_generation_config(folder)
-    _refuse_unsupported(raw, path)
+    _refuse_unsupported(raw, kind, path)
 
     kv_heads = raw.num_key_value_heads or raw.num_attention_heads
     if raw.num_attention_heads % kv_heads:
@@ -166,7 +177,6 @@ def read_model_config(folder: Path) -> ModelConfig:
         raw.max_position_embeddings,
         path,
     )
-    kind = ARCHITECTURES[raw.model_type]
     eos = raw.eos_token_id if generation.eos_token_id is UNSET else generation.eos_token_id
     return ModelConfig(
         model_type=raw.model_type,
@@ -193,7 +203,10 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """Temperature, top-k and top-p of `generation_config.json`; neutral values where it has none."""
+    """Those of `generation_config.json`; neutral values where it has none.
+
+    Where the author does not want sampling, greedy; penalties count then too.
+    """
     raw = _read_generation_config(folder)
     neutral = GenerationDefaults()
     return GenerationDefaults(
@@ -202,6 +215,10 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         else 0.0,
         top_k=neutral.top_k if raw.top_k is None else raw.top_k,
         top_p=neutral.top_p if raw.top_p is None else raw.top_p,
+        min_p=neutral.min_p if raw.min_p is None else raw.min_p,
+        repetition_penalty=neutral.repetition_penalty
+        if raw.repetition_penalty is None
+        else raw.repetition_penalty,
     )
 
 
@@ -221,13 +238,17 @@ def _read_json(path: Path, kind: type[T]) -> T:
         raise ModelError(f"{path}: {error}") from None
 
 
-def _refuse_unsupported(raw: _RawConfig, path: Path) -> None:
-    kind = ARCHITECTURES.get(raw.model_type)
+def _kind(model_type: str, path: Path) -> Architecture:
+    kind = ARCHITECTURES.get(model_type)
     if kind is None:
         supported = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"{path}: model_type {raw.model_type!r} is not supported (supported: {supported})"
+            f"{path}: model_type {model_type!r} is not supported (supported: {supported})"
         )
+    return kind
+
+
+def _refuse_unsupported(raw: _RawConfig, kind: Architecture, path: Path) -> None:
     if raw.hidden_act != "silu":
         raise ModelError(f"{path}: hidden_act {raw.hidden_act!r} is not supported (only 'silu')")
     for name, meant in (("attention_bias", kind.qkv_bias), ("mlp_bias", kind.mlp_bias)):

@@ -24,6 +24,10 @@ SUPPORT = ("benchmarks", "models", "scripts", "tests")
 """Folders of code that is not served; nothing in the packages may import it."""
 
 IMPORTS_INSIDE_FUNCTIONS = {
+    (
+        "shared/hub.py",
+        "shared.hub_download",
+    ): "huggingface_hub takes a quarter of a second to import",
     ("worker/comm/open.py", "worker.comm.torch_dist"): "torch.distributed takes a second to import",
     ("worker/compare/__main__.py", "worker.compare.plot"): "matplotlib takes a second to import",
 }

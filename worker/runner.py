@@ -29,7 +29,6 @@ from worker.sampling.sampler import Sampled, Sampler
 from worker.sampling.vocabulary import Ints, Vocabulary
 from worker.shard_cache import ShardCache, cache_key
 
-
 _TRIM_EVERY_BYTES = 32 << 20
 """Of packed weights: what they were read into would stay with the C library, hundreds of megabytes."""
 

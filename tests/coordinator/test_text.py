@@ -165,6 +165,15 @@ def test_the_models_own_template_is_used_also_as_a_file(tmp_path: Path) -> None:
     assert BYTE_LEVEL.decode(open_text(folder).encode_chat([Message("user", "x")])) == "FILE x"
 
 
+def test_special_tokens_of_older_checkpoints_reach_the_template(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "{{ bos_token }}|{{ eos_token }}", bos_token="the")
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "cat", "eos_token": {"content": "mat"}})
+    )
+    ids = open_text(folder).encode_chat([Message("user", "x")])
+    assert BYTE_LEVEL.decode(ids) == "the|mat"
+
+
 def test_named_templates_default_first(tmp_path: Path) -> None:
     named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
     ids = open_text(folder_with(tmp_path, named)).encode_chat([Message("user", "x")])

@@ -287,7 +287,7 @@ def test_an_id_may_be_used_again_after_its_job_was_cancelled(address: str) -> No
 
 
 def test_a_missing_model_folder_is_one_clear_line() -> None:
-    expect_failure(["/no/such/folder", "not a folder"], "--model", "story=/no/such/folder")
+    expect_failure(["/no/such/folder", "neither a folder"], "--model", "story=/no/such/folder")
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "tensor", "shape"])

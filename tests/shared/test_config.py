@@ -59,7 +59,7 @@ def test_every_option_has_a_flag_with_help() -> None:
         (["--virtual-shards", "6"], ["6", "power of two"]),
         (["--dtype", "fp7"], ["dtype", "fp7"]),
         (["--comm", "smoke-signals"], ["comm", "smoke-signals"]),
-        (["--model", "justaname"], ["justaname", "NAME=PATH"]),
+        (["--model", "justaname"], ["justaname", "NAME=MODEL"]),
         (["--model", "a=x", "--model", "a=y"], ["'a'", "twice"]),
         (["--kv-memory", "lots"], ["lots", "512M"]),
         (["--step-timeout", "nan"], ["step_timeout", "nan"]),

@@ -63,6 +63,19 @@ def test_sampling_defaults_come_from_generation_config(tmp_path: Path) -> None:
     assert read_generation_defaults(tmp_path).temperature == 0
 
 
+def test_penalty_and_min_p_of_the_author_are_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"repetition_penalty": 1.1, "min_p": 0.05}')
+    defaults = read_generation_defaults(tmp_path)
+    assert (defaults.repetition_penalty, defaults.min_p) == (1.1, 0.05)
+    path.write_text("{}")
+    defaults = read_generation_defaults(tmp_path)
+    assert (defaults.repetition_penalty, defaults.min_p) == (1.0, 0.0)
+    path.write_text('{"repetition_penalty": 0}')
+    with pytest.raises(ModelError, match=r"generation_config.json.*repetition_penalty"):
+        read_generation_defaults(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

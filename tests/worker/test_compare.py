@@ -307,7 +307,7 @@ def test_mistakes_are_named(
     binary.write_bytes(b"Once \xff")
     least = f"at least {LEAST_TOKENS}"
     for arguments, words in (
-        ([str(tmp_path / "none")], ["none is not a folder", "config.json"]),
+        ([str(tmp_path / "none")], ["none", "neither a folder nor"]),
         ([str(tmp_path)], ["config.json is missing"]),
         ([model, "--text", str(short)], [f"{short} has 5 tokens", least, "--text"]),
         ([model, "--text", str(binary)], [f"--text {binary} is not UTF-8 (byte 5)"]),

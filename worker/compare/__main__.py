@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import msgspec
 import torch
 
-from shared.errors import ConfigError, ModelError, TpserveError
+from shared.errors import ConfigError, TpserveError
+from shared.hub import resolve_model
 from shared.messages import KVPrecision, Precision
 from shared.model_config import read_model_config
 from shared.precision import kv_precision
@@ -42,7 +43,7 @@ def main() -> int:
         if args.plot is not None and not args.plot.absolute().parent.is_dir():
             raise ConfigError(f"--plot {args.plot}: there is no folder {args.plot.parent}")
         result = compare(
-            model_folder(args.model),
+            resolve_model(args.model, offline=False),
             [*dict.fromkeys(args.dtype)],
             args.against,
             args.kv_dtype,
@@ -106,16 +107,6 @@ def compare(
         theirs.layers.shape[1],
         precisions,
     )
-
-
-def model_folder(model: str) -> Path:
-    """The folder that a MODEL on the command line means. Raises ModelError."""
-    folder = Path(model).expanduser().resolve()
-    if not folder.is_dir():
-        raise ModelError(
-            f"{model} is not a folder: name one with config.json, tokenizer.json and safetensors"
-        )
-    return folder
 
 
 def argument_parser() -> argparse.ArgumentParser:
