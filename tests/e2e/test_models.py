@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from client.zmq_client import Client
@@ -219,3 +220,28 @@ def test_the_commands(server: Server, client: Client, larger: Path) -> None:
         assert "Traceback" not in ran.stderr
     assert tpserve("plan", str(larger), "--workers", "3").stdout.endswith("fits\n")
     assert tpserve("plan", "/nothing").returncode == 2
+
+
+def test_one_worker_without_memory_undoes_the_load_on_all(
+    story_model: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    large = make_checkpoint("minueza-32m")
+    with Server("--workers", "2", "--model", f"story={story_model}") as server:
+        server.wait_ready()
+        poor = server.workers()[1]
+        before = private_bytes(server)
+        with Client(server.address) as client:
+            answer = greedy(client, "story")
+            # Room for a thread and for reading, not for the weights.
+            limit = poor.memory_info().vms + (48 << 20)
+            unlimited = poor.rlimit(psutil.RLIMIT_AS)
+            poor.rlimit(psutil.RLIMIT_AS, (limit, unlimited[1]))
+            error = refused(lambda: client.load("other", large))
+            assert "worker 1" in error.message
+            assert "memory" in error.message.lower()
+            assert states(client) == {"story": "ready"}
+            assert greedy(client, "story") == answer
+            assert private_bytes(server) < before + 20e6
+            assert client.status().epoch == 1, "nobody was started again"
+            poor.rlimit(psutil.RLIMIT_AS, unlimited)
+            assert client.load("other", large).state == "ready"
