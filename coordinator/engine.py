@@ -195,7 +195,7 @@ class Engine:
                 return
             if result is not None:
                 self._commit(result)
-            elif self.cluster.ready and not self._any_scheduler():
+            elif self.cluster.ready and not self.ready and not self._any_scheduler():
                 self._start_scheduling()
 
     def _notice_silence(self) -> None:
@@ -243,6 +243,8 @@ class Engine:
         for model in self.models.values():
             self._start_steps(model)
             self._desk.start_test_job(model)
+        if not self.models:  # all were unloaded, and then the workers lost
+            self._become_ready()
 
     def _start_steps(self, model: ServedModel) -> None:
         """The workers have loaded a model."""

@@ -51,9 +51,9 @@ class _Arrival:
 class _Departure:
     """A model that is being unloaded."""
 
-    client: bytes
-    request: Unload
     model: ServedModel
+    unloads: list[tuple[bytes, Unload]]
+    """Who has asked for it."""
     on_workers: LoadOnWorkers | None = None
 
 
@@ -98,7 +98,7 @@ class ModelDesk:
     def unload(self, client: bytes, request: Unload) -> None:
         """Take a request; a load that is under way is given up.
 
-        Raises ModelNotFoundError, InvalidRequestError.
+        Raises ModelNotFoundError.
         """
         if (arrival := self._arrival(request.name)) is not None:
             arrival.unloads.append((client, request))
@@ -108,13 +108,10 @@ class ModelDesk:
         if model is None:
             loaded = ", ".join(sorted(self._models)) or "none"
             raise ModelNotFoundError(f"model {request.name!r} is not loaded; loaded are: {loaded}")
-        if request.name in self._departures:
-            departure = self._departures[request.name]
-            if not request.force or departure.request.force:
-                raise InvalidRequestError(f"model {request.name!r} is being unloaded already")
-        else:
-            self._departures[request.name] = _Departure(client, request, model)
+        if request.name not in self._departures:
+            self._departures[request.name] = _Departure(model, [])
             model.state = "unloading"
+        self._departures[request.name].unloads.append((client, request))
         if request.force:
             reason = f"model {request.name!r} was unloaded"
             self._desk.fail_jobs_of(model.name, UnloadedError(reason))
@@ -280,10 +277,9 @@ class ModelDesk:
         del self._departures[model.name]
         freed = _held(model.on_workers)
         log.info("model %s was unloaded: %.1f MB given back", model.name, freed / 1e6)
-        self._desk.publish(
-            departure.client,
-            ModelGone(id=departure.request.id, model=model.name, freed_bytes=freed),
-        )
+        for client, request in departure.unloads:
+            gone = ModelGone(id=request.id, model=model.name, freed_bytes=freed)
+            self._desk.publish(client, gone)
 
 
 def _held(model: ModelOnWorkers) -> int:

@@ -97,7 +97,9 @@ class Runner:
         rows = None if self._pool is None else NativeRows(self._pool.library)
         sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids, rows))
         layers, layout = config.num_layers, placement.head_layout()
-        self._models[order.model] = LoadedModel(decoder, ops, layers, layout, sampler)
+        loaded = LoadedModel(decoder, ops, layers, layout, sampler)
+        # Replaced, not changed: steps of other models may be looking at it in the main thread.
+        self._models = {**self._models, order.model: loaded}
         return ops.weight_bytes, ops.block_bytes(layers, layout)
 
     def _shard_cache(self, order: LoadModel) -> ShardCache | None:

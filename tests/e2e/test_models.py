@@ -245,3 +245,43 @@ def test_one_worker_without_memory_undoes_the_load_on_all(
             assert client.status().epoch == 1, "nobody was started again"
             poor.rlimit(psutil.RLIMIT_AS, unlimited)
             assert client.load("other", large).state == "ready"
+
+
+def test_everyone_who_asks_for_an_unload_is_answered(
+    server: Server, client: Client, larger: Path
+) -> None:
+    model = client.load("other", larger)
+    stream = client.story(PROMPT, model="other", temperature=0, ignore_eos=True)
+    next(iter(stream))
+    freed: list[int] = []
+
+    def unload(force: bool) -> None:
+        with Client(server.address) as own:
+            freed.append(own.unload("other", force=force))
+
+    patient = threading.Thread(target=unload, args=[False])
+    patient.start()
+    deadline = time.monotonic() + 30
+    while states(client)["other"] != "unloading" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert refused(lambda: greedy(client, "other")).code == "not_ready"
+    unload(force=True)
+    patient.join(30)
+    assert freed == [sum(model.weight_bytes) + sum(model.kv_bytes)] * 2
+
+
+def test_workers_are_replaced_when_no_model_is_loaded(story_model: Path) -> None:
+    with Server("--workers", "2", "--model", f"story={story_model}") as server:
+        server.wait_ready()
+        with Client(server.address) as client:
+            before = greedy(client, "story")
+            client.unload("story")
+            assert states(client) == {}
+            assert refused(lambda: greedy(client, "story")).code == "model_not_found"
+            server.workers()[0].kill()
+            deadline = time.monotonic() + 60
+            while client.status().epoch == 1 or not client.health().ready:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            client.load("story", story_model)
+            assert greedy(client, "story") == before
