@@ -27,11 +27,28 @@ from shared.messages import (
 )
 from tests.e2e.server import Server, run_tpserve, wait_until
 
+LONG = SamplingParams(temperature=1, max_tokens=480, ignore_eos=True)
+
 
 @pytest.fixture(scope="module")
-def server(story_model: Path) -> Iterator[Server]:
-    with Server("--workers", "2", "--model", f"story={story_model}") as started:
+def slow_model(make_checkpoint: Callable[..., Path]) -> Path:
+    """One whose answers take seconds: a story may be written before anybody can look."""
+    return make_checkpoint("minueza-32m")
+
+
+@pytest.fixture(scope="module")
+def server(story_model: Path, slow_model: Path) -> Iterator[Server]:
+    models = ("--model", f"story={story_model}", "--model", f"slow={slow_model}")
+    with Server("--workers", "2", *models) as started:
         yield started
+
+
+def long_job(number: int, stream: bool = True) -> bytes:
+    """480 tokens of the slow model."""
+    request = Generate(
+        id=str(number), kind="story", prompt="The", model="slow", params=LONG, stream=stream
+    )
+    return encode(request)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +89,10 @@ def test_prompt_and_answer_fill_the_context_exactly(address: str) -> None:
 
 
 def test_an_unknown_model_is_refused_with_those_that_are_loaded(address: str) -> None:
-    with Client(address) as client, pytest.raises(ModelNotFoundError, match="loaded are: story"):
+    with (
+        Client(address) as client,
+        pytest.raises(ModelNotFoundError, match="loaded are: slow, story"),
+    ):
         client.story("x", model="gpt-5").result()
 
 
@@ -84,7 +104,7 @@ def test_chat_works_on_a_model_without_a_template(address: str) -> None:
 
 def test_cancel_ends_a_job_and_frees_its_memory(address: str) -> None:
     with Client(address) as client:
-        stream = client.story("Once upon a time", temperature=1, seed=3, max_tokens=400)
+        stream = client.story("Once upon a time", model="slow", seed=3, max_tokens=400)
         events = stream.events()
         first = next(event for event in events if isinstance(event, Token))
         stream.cancel()
@@ -98,9 +118,8 @@ def test_cancel_ends_a_job_and_frees_its_memory(address: str) -> None:
 def test_the_jobs_of_a_client_that_goes_away_end(address: str) -> None:
     with Client(address) as client:
         socket = raw_socket(address)
-        params = SamplingParams(temperature=1, max_tokens=480)
         for i in range(4):
-            socket.send(encode(Generate(id=str(i), kind="story", prompt="The", params=params)))
+            socket.send(long_job(i))
         assert wait_until(lambda: client.status().running == 4, 5)
         socket.close()
         assert wait_until(lambda: client.status().running == 0, 1)
@@ -110,11 +129,8 @@ def test_the_jobs_of_a_client_that_goes_away_end(address: str) -> None:
 def test_a_job_that_does_not_stream_ends_too_when_its_client_goes_away(address: str) -> None:
     with Client(address) as client:
         socket = raw_socket(address)
-        params = SamplingParams(temperature=1, max_tokens=480)
-        for i in range(40):  # enough to last for seconds
-            socket.send(
-                encode(Generate(id=str(i), kind="story", prompt="The", params=params, stream=False))
-            )
+        for i in range(40):
+            socket.send(long_job(i, stream=False))
         assert wait_until(lambda: client.status().running == 40, 10)
         done = client.status().totals.tokens_generated
         socket.close()
@@ -122,12 +138,11 @@ def test_a_job_that_does_not_stream_ends_too_when_its_client_goes_away(address: 
         assert client.status().totals.tokens_generated - done < 40 * 480
 
 
-def test_a_waiting_job_is_told_its_position(story_model: Path) -> None:
-    with Server("--model", f"story={story_model}", "--max-num-seqs", "1") as server:
+def test_a_waiting_job_is_told_its_position(slow_model: Path) -> None:
+    with Server("--model", f"slow={slow_model}", "--max-num-seqs", "1") as server:
         socket = raw_socket(server.wait_ready())
-        params = SamplingParams(temperature=1, max_tokens=480)
         for i in range(20):
-            socket.send(encode(Generate(id=str(i), kind="story", prompt="The", params=params)))
+            socket.send(long_job(i))
         positions: list[tuple[str, int | None]] = []
         while not positions:
             assert socket.poll(10_000)
@@ -185,7 +200,9 @@ def test_a_killed_worker_fails_every_waiting_job_and_is_replaced(
     with Client(address) as client:
         assert wait_until(lambda: client.health().ready, 60)
         epoch = client.status().epoch
-        streams = [client.story("The", temperature=1, max_tokens=480) for _ in range(8)]
+        streams = [
+            client.story("The", model="slow", max_tokens=480, ignore_eos=True) for _ in range(8)
+        ]
         assert wait_until(lambda: client.status().running == 8, 5)
         began = time.monotonic()
         server.workers()[rank].kill()
@@ -205,17 +222,17 @@ def shared_memory() -> set[str]:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything_and_tells_waiting_clients(
-    how: signal.Signals, story_model: Path, tmp_path: Path
+    how: signal.Signals, slow_model: Path, tmp_path: Path
 ) -> None:
     before = shared_memory()
     with Server(
-        *("--workers", "2", "--model", f"story={story_model}"),
+        *("--workers", "2", "--model", f"slow={slow_model}"),
         env={"XDG_RUNTIME_DIR": str(tmp_path)},
     ) as server:
         with Client(server.wait_ready()) as client:
             assert list(tmp_path.iterdir())
             workers = server.workers()
-            stream = client.story("The", temperature=1, max_tokens=480)
+            stream = client.story("The", max_tokens=480, ignore_eos=True)
             assert wait_until(lambda: client.status().running == 1, 5)
             server.process.send_signal(how)
             with pytest.raises(TpserveError, match="stopping"):
