@@ -14,7 +14,7 @@ from coordinator.engine import Engine
 from coordinator.frontend import Frontend
 from coordinator.planner import check_fits, plan_memory
 from coordinator.run_dir import RunDir
-from coordinator.served_model import open_model
+from coordinator.served_model import fetch_weights, open_model
 from coordinator.supervisor import WORKER_COMMAND
 from shared.config import Settings, argument_parser, load_settings
 from shared.errors import ConfigError, MemoryPlanError, ModelError, TpserveError
@@ -49,6 +49,8 @@ def serve(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) ->
     models = {name: open_model(name, path, settings) for name, path in settings.model.items()}
     plans = [plan_memory(m.config, m.on_workers, settings) for m in models.values()]
     check_fits(plans, starting=True)
+    for model in models.values():
+        fetch_weights(model, settings)
     with ExitStack() as cleanup:
         context = zmq.Context()
         cleanup.callback(context.term)

@@ -20,7 +20,7 @@ from coordinator.cluster import Load as LoadOnWorkers
 from coordinator.desk import Desk
 from coordinator.frontend import failed
 from coordinator.planner import check_fits, plan_memory
-from coordinator.served_model import ServedModel, open_model
+from coordinator.served_model import ServedModel, fetch_weights, open_model
 from shared.config import Settings
 from shared.errors import InvalidRequestError, ModelNotFoundError, TpserveError, UnloadedError
 from shared.messages import Load, Loading, LoadPhase, ModelGone, ModelReady, RankProgress, Unload
@@ -192,6 +192,7 @@ class ModelDesk:
         model = open_model(request.name, request.path, settings)
         plan = plan_memory(model.config, model.on_workers, settings)
         check_fits([plan])
+        fetch_weights(model, settings)
         return model, plan.weight_bytes
 
     def _advance_arrival(self, arrival: _Arrival) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from coordinator.cluster import ModelOnWorkers
 from coordinator.jobs import JobQueue
@@ -28,6 +29,8 @@ class ServedModel:
     """One entry of `--model NAME=MODEL`."""
 
     name: str
+    source: str
+    """The folder or the hub's name that was asked for."""
     config: ModelConfig
     defaults: GenerationDefaults
     text: TextModel
@@ -73,19 +76,17 @@ class ServedModel:
 
 
 def open_model(name: str, path: str, settings: Settings) -> ServedModel:
-    """Read everything but the weights, from a folder or from the hub.
+    """Read everything but the weights, from a folder or from the hub; `fetch_weights` comes next.
 
     Raises ModelError naming the file and what is wrong.
     """
-    try:
-        folder = resolve_model(path, offline=settings.offline, report=log.info)
-    except ModelError as error:
-        raise ModelError(f"model {name}: {error.message}") from None
+    folder = _resolve(name, path, settings, weights=False)
     config = read_model_config(folder)
     limit = settings.max_model_len or config.max_positions
     dtype: Precision = config.dtype if settings.dtype == "auto" else settings.dtype
     return ServedModel(
         name=name,
+        source=path,
         config=config,
         defaults=read_generation_defaults(folder),
         text=TextModel(folder, config),
@@ -99,3 +100,15 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
         queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),
         pace=Pace(settings.steps_per_plan),
     )
+
+
+def fetch_weights(model: ServedModel, settings: Settings) -> None:
+    """Have the weights in the model's folder, too. Raises ModelError."""
+    model.on_workers.path = _resolve(model.name, model.source, settings, weights=True)
+
+
+def _resolve(name: str, path: str, settings: Settings, *, weights: bool) -> Path:
+    try:
+        return resolve_model(path, offline=settings.offline, report=log.info, weights=weights)
+    except ModelError as error:
+        raise ModelError(f"model {name}: {error.message}") from None

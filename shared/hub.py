@@ -44,9 +44,12 @@ def local_folder(spec: str) -> Path | None:
     return folder.resolve() if spec and folder.is_dir() else None
 
 
-def resolve_model(spec: str, *, offline: bool, report: Report | None = None) -> Path:
+def resolve_model(
+    spec: str, *, offline: bool, report: Report | None = None, weights: bool = True
+) -> Path:
     """The folder of a model: a local one if there is one, else it comes from the hub or its cache.
 
+    Without `weights`, what comes from the hub may lack them: for those who only ask what it is.
     With `offline`, the hub is not asked and only the cache counts. `report` is told of a download,
     and every few seconds how far it is; on a terminal a line of standard error shows that.
     Raises ModelError saying what to do.
@@ -62,4 +65,4 @@ def resolve_model(spec: str, *, offline: bool, report: Report | None = None) -> 
         )
     from shared.hub_download import fetch
 
-    return fetch(model, offline=offline, report=report or (lambda line: None))
+    return fetch(model, offline=offline, report=report or (lambda line: None), weights=weights)

@@ -54,24 +54,25 @@ _MAIN = "main"
 log = logging.getLogger(__name__)
 
 
-def fetch(model: HubModel, *, offline: bool, report: Report) -> Path:
+def fetch(model: HubModel, *, offline: bool, report: Report, weights: bool = True) -> Path:
     """The folder of `model` in the cache; what is missing is downloaded, unless `offline`.
 
-    A hub that cannot be reached is no error when the cache has the model. Raises ModelError.
+    Without `weights` those may be missing. A hub that cannot be reached is no error when the cache has the model. Raises ModelError.
     """
     with _quiet_library():
         if offline or constants.is_offline_mode():
             offline_by = (
                 "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub was not asked"
             )
-            return _cached(model, offline_by)
+            return _cached(model, offline_by, weights)
         try:
             info = HfApi().model_info(
                 model.name, revision=model.revision, files_metadata=True, timeout=_TIMEOUT_S
             )
         except (NetworkError, OSError, ValueError, TypeError, LookupError) as error:
             if _hub_is_away(error):
-                return _cached(model, f"{constants.ENDPOINT} cannot be reached ({_short(error)})")
+                why = f"{constants.ENDPOINT} cannot be reached ({_short(error)})"
+                return _cached(model, why, weights)
             raise _explained(error, model) from None
         files = {file.rfilename: file for file in info.siblings or []}
         names = wanted_files(files)
@@ -79,6 +80,8 @@ def fetch(model: HubModel, *, offline: bool, report: Report) -> Path:
             raise ModelError(_without_weights(model, files))
         if info.sha is None:
             raise ModelError(f"{constants.ENDPOINT} names no commit for {model}: is it a hub?")
+        if not weights:
+            names = [name for name in names if name in TEXT_FILES]
         return _download(model, info.sha, [files[name] for name in names], report)
 
 
@@ -188,11 +191,13 @@ def _check_disk(model: HubModel, cache: Path, needed: int) -> None:
         )
 
 
-def _cached(model: HubModel, why: str) -> Path:
+def _cached(model: HubModel, why: str, weights: bool) -> Path:
     """The folder in the cache. `why` the hub is not asked: for the error, or else the log."""
     try:
         tree = get_cached_repo_tree(model.name, revision=model.revision)
         names = wanted_files(file.path for file in tree)
+        if not weights:
+            names = [name for name in names if name in TEXT_FILES]
     except CachedRepoTreeNotFoundError:
         names = []  # another program's download, which kept no list
     try:
@@ -204,7 +209,7 @@ def _cached(model: HubModel, why: str) -> Path:
                 allow_patterns=names or None,
             )
         )
-        complete = has_weights(names or [path.name for path in folder.iterdir()])
+        complete = not weights or has_weights(names or [path.name for path in folder.iterdir()])
     except LocalEntryNotFoundError:
         complete = False
     except (HFValidationError, OSError) as error:
