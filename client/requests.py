@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, Unpack
 
 import msgspec
 
@@ -43,6 +43,14 @@ class SamplingOptions(TypedDict, total=False):
     echo: bool
 
 
+class JobOptions(TypedDict):
+    """What `story` and `chat` say about the job, as described at shared.messages.Generate."""
+
+    model: str | None
+    stream: bool
+    priority: int
+
+
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `load`; what is left out is as the server's settings say."""
 
@@ -57,20 +65,18 @@ def new_id() -> str:
 
 
 def story_request(
-    prompt: str, model: str | None, stream: bool, options: SamplingOptions
+    prompt: str, options: SamplingOptions, request_id: str | None, **fields: Unpack[JobOptions]
 ) -> Generate:
     """Continue `prompt`."""
     params = SamplingParams(**options)
-    return Generate(
-        id=new_id(), kind="story", model=model, prompt=prompt, params=params, stream=stream
-    )
+    return Generate(id=request_id or new_id(), kind="story", prompt=prompt, params=params, **fields)
 
 
 def chat_request(
     messages: Sequence[Message | Mapping[str, str]],
-    model: str | None,
-    stream: bool,
     options: SamplingOptions,
+    request_id: str | None,
+    **fields: Unpack[JobOptions],
 ) -> Generate:
     """Answer `messages`, each a Message or a mapping with `role` and `content`."""
     try:
@@ -78,17 +84,16 @@ def chat_request(
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"messages: {error}") from None
     params = SamplingParams(**options)
-    return Generate(
-        id=new_id(), kind="chat", model=model, messages=turns, params=params, stream=stream
-    )
+    return Generate(id=request_id or new_id(), kind="chat", messages=turns, params=params, **fields)
 
 
-def load_request(name: str, path: str | Path, options: LoadOptions) -> Load:
+def load_request(
+    name: str, path: str | Path, options: LoadOptions, request_id: str | None = None
+) -> Load:
     """Load the model in `path`; a folder that is here is named so that the server finds it too."""
     folder = Path(path).expanduser()
-    return Load(
-        id=new_id(), name=name, path=str(folder.resolve() if folder.is_dir() else path), **options
-    )
+    where = str(folder.resolve() if folder.is_dir() else path)
+    return Load(id=request_id or new_id(), name=name, path=where, **options)
 
 
 def encode_request(request: Request) -> bytes:

@@ -120,6 +120,8 @@ class Desk:
     def started(self, job: Job) -> None:
         """The first step of a job is on its way."""
         job.started_at = time.monotonic()
+        if job.client is not _NOBODY:
+            self._metrics.totals.prompt_tokens += job.prompt_tokens
         self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=job.prompt_tokens))
         for sequence in job.sequences if job.request.params.echo else ():
             prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)

@@ -405,6 +405,8 @@ class Totals(Struct, kw_only=True):
     """Sequences over all steps: divided by steps, the mean batch."""
     tokens_computed: int = 0
     """Prompt and decode tokens that went through the model."""
+    prompt_tokens: int = 0
+    """Of the jobs that were started, whether computed or found in the cache."""
     tokens_generated: int = 0
     jobs_done: int = 0
     plan_s: float = 0.0

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import psutil
 
+PROJECT = Path(__file__).resolve().parents[2]
 TPSERVE = str(Path(sys.executable).parent / "tpserve")
 START_TIMEOUT_S = 120.0
 
