@@ -63,8 +63,9 @@ def convert(values: dict[str, Any], kind: type[T]) -> T:
         # JSON has only strings for keys; logit_bias has token ids.
         return msgspec.convert(values, kind, str_keys=True)
     except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `$")
-        path = path.rstrip("`").lstrip(".")
+        text, _, where = str(error).partition(" - at ")
+        # `$.temperature`, `$.stop[...]`, `key` in `$.logit_bias`: the name is what programs look for.
+        path = where.rpartition("`$")[2].rstrip("`").lstrip(".").removesuffix("[...]")
         unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
         missing = re.fullmatch(r"Object missing required field `(.*)`", text)
         if found := unknown or missing:

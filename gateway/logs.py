@@ -1,5 +1,6 @@
 """Log lines for people or for programs, and the id that every request has."""
 
+import asyncio
 import json
 import logging
 import re
@@ -92,6 +93,9 @@ class RequestLog:
                     f"X-Request-Id is {given!r:.80}: 1 to 48 letters, digits, dots, _ and -"
                 )
                 await error_response(error)(scope, receive, send_named)
+        except asyncio.CancelledError:
+            # The grace period is over. Not raised again: uvicorn would log it as a mistake of ours.
+            state["transport"].abort()
         finally:
             # The pattern, not the path: there must not be a time series for every typing error.
             route = getattr(scope.get("route"), "path", "unmatched")

@@ -71,7 +71,7 @@ def test_a_completion_stream_is_exactly_openais_format(http: httpx.Client) -> No
         ({"max_tokens": 0}, "max_tokens", ["0", ">= 1"]),
         ({"max_completion_tokens": 7}, "max_tokens", ["4", "7", "one of them"]),
         ({"stop": ["a"] * 17}, "stop", ["16"]),
-        ({"logit_bias": {"x": 1}}, "logit_bias", ["'x'"]),
+        ({"logit_bias": {"x": 1}}, "logit_bias", ["'x'", "int"]),
         ({"logit_bias": {"5": 101}}, "logit_bias", ["101", "<= 100"]),
         ({"top_logprobs": 3}, "top_logprobs", ["needs logprobs"]),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ["21", "<= 20"]),
@@ -97,7 +97,7 @@ def test_a_bad_value_is_refused_with_its_name_the_value_and_the_limit(
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_value")
-    assert error["param"] == param or (param or "").startswith("logit_bias")
+    assert error["param"] == param
     for word in words:
         assert word in error["message"], error["message"]
 
