@@ -13,7 +13,7 @@ from tests.gateway.process import GatewayProcess
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
     """Of the coordinator."""
-    with Server("--workers", "2", "--threads-per-worker", "1", "--kv-memory", "64M") as server:
+    with Server("--workers", "2", "--threads-per-worker", "1") as server:
         yield server.wait_ready()
 
 
