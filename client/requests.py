@@ -17,6 +17,7 @@ from shared.messages import (
     Precision,
     Request,
     SamplingParams,
+    Tokenize,
     encode,
 )
 
@@ -79,12 +80,26 @@ def chat_request(
     **fields: Unpack[JobOptions],
 ) -> Generate:
     """Answer `messages`, each a Message or a mapping with `role` and `content`."""
-    try:
-        turns = msgspec.convert(messages, list[Message])
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"messages: {error}") from None
+    turns = _turns(messages)
     params = SamplingParams(**options)
     return Generate(id=request_id or new_id(), kind="chat", messages=turns, params=params, **fields)
+
+
+def tokenize_request(
+    text: str | Sequence[Message | Mapping[str, str]], model: str | None, request_id: str | None
+) -> Tokenize:
+    """The tokens of a text, or of a conversation."""
+    request_id = request_id or new_id()
+    if isinstance(text, str):
+        return Tokenize(id=request_id, model=model, prompt=text)
+    return Tokenize(id=request_id, model=model, messages=_turns(text))
+
+
+def _turns(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
+    try:
+        return msgspec.convert(messages, list[Message])
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"messages: {error}") from None
 
 
 def load_request(

@@ -25,10 +25,12 @@ from client.requests import (
     load_request,
     new_id,
     story_request,
+    tokenize_request,
 )
 from client.streams import AsyncStream, Stream
 from shared.errors import ConnectionLostError
 from shared.messages import (
+    Detokenize,
     Event,
     GetHealth,
     GetStatus,
@@ -42,6 +44,8 @@ from shared.messages import (
     Models,
     Request,
     Status,
+    Text,
+    Tokens,
     Unload,
 )
 
@@ -147,6 +151,23 @@ class Client(_BaseClient[Connection]):
         """
         request = Unload(id=request_id or new_id(), name=name, force=force)
         return self._ask(request, ModelGone).freed_bytes
+
+    def tokenize(
+        self,
+        text: str | Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        request_id: str | None = None,
+    ) -> Tokens:
+        """The tokens that a model reads for a prompt or, with its template, for a conversation."""
+        return self._ask(tokenize_request(text, model, request_id), Tokens)
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, request_id: str | None = None
+    ) -> str:
+        """The text of tokens, special ones included."""
+        request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
+        return self._ask(request, Text).text
 
     def models(self) -> list[ModelInfo]:
         """What is loaded."""
@@ -257,6 +278,23 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         """
         request = Unload(id=request_id or new_id(), name=name, force=force)
         return (await self._ask(request, ModelGone)).freed_bytes
+
+    async def tokenize(
+        self,
+        text: str | Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        request_id: str | None = None,
+    ) -> Tokens:
+        """The tokens that a model reads for a prompt or, with its template, for a conversation."""
+        return await self._ask(tokenize_request(text, model, request_id), Tokens)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, request_id: str | None = None
+    ) -> str:
+        """The text of tokens, special ones included."""
+        request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
+        return (await self._ask(request, Text)).text
 
     async def models(self) -> list[ModelInfo]:
         """What is loaded."""

@@ -20,6 +20,7 @@ from gateway.metrics import Metrics
 from gateway.openai_routes import openai_routes
 from gateway.operator_routes import health_routes, model_routes
 from gateway.settings import HttpSettings
+from gateway.token_routes import token_routes
 from shared.errors import InvalidRequestError, TpserveError
 
 CLIENT_CLOSED_REQUEST = 499
@@ -39,6 +40,7 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
         title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.include_router(openai_routes(gateway))
+    app.include_router(token_routes(gateway))
     app.include_router(health_routes(gateway))
     app.include_router(model_routes(gateway))
     app.add_exception_handler(TpserveError, _tell)

@@ -27,6 +27,11 @@ def request_id(request: Request) -> str:
     return given
 
 
+def once(request: Request) -> str:
+    """An id for the coordinator, which wants no two requests with the same one at a time."""
+    return f"{request_id(request)}-{id(request):x}"
+
+
 def note(request: Request, **fields: object) -> None:
     """Add to the line that the log gets when the request has ended."""
     request.state.log_fields.update(fields)

@@ -4,7 +4,7 @@ What OpenAI's API has and this server does not is refused by name, unless it has
 for nothing; so is whatever nobody knows.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -112,8 +112,12 @@ def chat_generation(body: dict[str, Any]) -> Generation:
         raise ParameterError("top_logprobs", "top_logprobs needs logprobs: true")
     if given.logprobs:
         sampling["logprobs"] = given.top_logprobs or 0
-    messages = [_message(f"messages[{i}]", item) for i, item in enumerate(given.messages)]
-    return _generation(given, sampling, messages=messages)
+    return _generation(given, sampling, messages=chat_messages(given.messages))
+
+
+def chat_messages(items: Sequence[Any]) -> list[Message]:
+    """A conversation. Raises ParameterError."""
+    return [_message(f"messages[{i}]", item) for i, item in enumerate(items)]
 
 
 def completion_generation(body: dict[str, Any]) -> Generation:

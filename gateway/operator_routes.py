@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from client.requests import LoadOptions
 from gateway.body import convert, read_object
-from gateway.context import Gateway, note, request_id
+from gateway.context import Gateway, note, once
 from gateway.errors import ParameterError, json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
 from shared.errors import ConnectionLostError, TpserveError
@@ -94,13 +94,13 @@ def model_routes(gateway: Gateway) -> APIRouter:
         note(request, model=wanted.name)
         if not wanted.stream:
             loading = gateway.client.load(
-                wanted.name, wanted.path, request_id=_once(request), **options
+                wanted.name, wanted.path, request_id=once(request), **options
             )
             # The load goes on when the client goes: others may wait for the model.
             info = await unless_gone(request.receive, loading)
             return json_response({"model": info}, 201)
         return EventStream(
-            _progress(gateway, wanted, options, _once(request)),
+            _progress(gateway, wanted, options, once(request)),
             ping_s=limits.ping,
             slow_reader_s=limits.slow_reader,
             on_end=gateway.metrics.stream_ended,
@@ -110,7 +110,7 @@ def model_routes(gateway: Gateway) -> APIRouter:
     async def unload(request: Request, name: str) -> Response:
         note(request, model=name)
         force = _flag(request, "force")
-        freed = gateway.client.unload(name, force=force, request_id=_once(request))
+        freed = gateway.client.unload(name, force=force, request_id=once(request))
         return json_response(
             {"model": name, "freed_bytes": await unless_gone(request.receive, freed)}
         )
@@ -165,8 +165,3 @@ def _flag(request: Request, name: str) -> bool:
     if value not in ("true", "false", "1", "0"):
         raise ParameterError(name, f"{name} is {value!r}: write true or false")
     return value in ("true", "1")
-
-
-def _once(request: Request) -> str:
-    """An id for the coordinator, which wants no two requests with the same one at a time."""
-    return f"{request_id(request)}-{id(request):x}"
