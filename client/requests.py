@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, Unpack
 
 import msgspec
 
@@ -17,6 +17,7 @@ from shared.messages import (
     Precision,
     Request,
     SamplingParams,
+    Tokenize,
     encode,
 )
 
@@ -43,6 +44,14 @@ class SamplingOptions(TypedDict, total=False):
     echo: bool
 
 
+class JobOptions(TypedDict):
+    """What `story` and `chat` say about the job, as described at shared.messages.Generate."""
+
+    model: str | None
+    stream: bool
+    priority: int
+
+
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `load`; what is left out is as the server's settings say."""
 
@@ -57,38 +66,49 @@ def new_id() -> str:
 
 
 def story_request(
-    prompt: str, model: str | None, stream: bool, options: SamplingOptions
+    prompt: str, options: SamplingOptions, request_id: str | None, **fields: Unpack[JobOptions]
 ) -> Generate:
     """Continue `prompt`."""
     params = SamplingParams(**options)
-    return Generate(
-        id=new_id(), kind="story", model=model, prompt=prompt, params=params, stream=stream
-    )
+    return Generate(id=request_id or new_id(), kind="story", prompt=prompt, params=params, **fields)
 
 
 def chat_request(
     messages: Sequence[Message | Mapping[str, str]],
-    model: str | None,
-    stream: bool,
     options: SamplingOptions,
+    request_id: str | None,
+    **fields: Unpack[JobOptions],
 ) -> Generate:
     """Answer `messages`, each a Message or a mapping with `role` and `content`."""
+    turns = _turns(messages)
+    params = SamplingParams(**options)
+    return Generate(id=request_id or new_id(), kind="chat", messages=turns, params=params, **fields)
+
+
+def tokenize_request(
+    text: str | Sequence[Message | Mapping[str, str]], model: str | None, request_id: str | None
+) -> Tokenize:
+    """The tokens of a text, or of a conversation."""
+    request_id = request_id or new_id()
+    if isinstance(text, str):
+        return Tokenize(id=request_id, model=model, prompt=text)
+    return Tokenize(id=request_id, model=model, messages=_turns(text))
+
+
+def _turns(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
     try:
-        turns = msgspec.convert(messages, list[Message])
+        return msgspec.convert(messages, list[Message])
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"messages: {error}") from None
-    params = SamplingParams(**options)
-    return Generate(
-        id=new_id(), kind="chat", model=model, messages=turns, params=params, stream=stream
-    )
 
 
-def load_request(name: str, path: str | Path, options: LoadOptions) -> Load:
+def load_request(
+    name: str, path: str | Path, options: LoadOptions, request_id: str | None = None
+) -> Load:
     """Load the model in `path`; a folder that is here is named so that the server finds it too."""
     folder = Path(path).expanduser()
-    return Load(
-        id=new_id(), name=name, path=str(folder.resolve() if folder.is_dir() else path), **options
-    )
+    where = str(folder.resolve() if folder.is_dir() else path)
+    return Load(id=request_id or new_id(), name=name, path=where, **options)
 
 
 def encode_request(request: Request) -> bytes:

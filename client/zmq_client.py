@@ -5,7 +5,8 @@
             print(piece, end="", flush=True)
 
 Both connect when they are first used, and again after a server has gone away. A client belongs to
-one thread (or one event loop); any number of its streams may be open at once.
+one thread (or one event loop); any number of its streams may be open at once. A `request_id` that is
+given names the request in the server's logs; it must differ from those that are under way.
 """
 
 from abc import ABC, abstractmethod
@@ -24,10 +25,12 @@ from client.requests import (
     load_request,
     new_id,
     story_request,
+    tokenize_request,
 )
 from client.streams import AsyncStream, Stream
 from shared.errors import ConnectionLostError
 from shared.messages import (
+    Detokenize,
     Event,
     GetHealth,
     GetStatus,
@@ -41,6 +44,8 @@ from shared.messages import (
     Models,
     Request,
     Status,
+    Text,
+    Tokens,
     Unload,
 )
 
@@ -90,10 +95,15 @@ class Client(_BaseClient[Connection]):
         *,
         model: str | None = None,
         stream: bool = True,
+        priority: int = 0,
+        request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
-        return Stream(self._connection(), story_request(prompt, model, stream, options))
+        request = story_request(
+            prompt, options, request_id, model=model, stream=stream, priority=priority
+        )
+        return Stream(self._connection(), request)
 
     def chat(
         self,
@@ -101,10 +111,15 @@ class Client(_BaseClient[Connection]):
         *,
         model: str | None = None,
         stream: bool = True,
+        priority: int = 0,
+        request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
-        return Stream(self._connection(), chat_request(messages, model, stream, options))
+        request = chat_request(
+            messages, options, request_id, model=model, stream=stream, priority=priority
+        )
+        return Stream(self._connection(), request)
 
     def load(
         self,
@@ -112,13 +127,15 @@ class Client(_BaseClient[Connection]):
         path: str | Path,
         *,
         on_progress: Callable[[Loading], None] = lambda _: None,
+        request_id: str | None = None,
         **options: Unpack[LoadOptions],
     ) -> ModelInfo:
         """Load the model in folder `path` and serve it as `name`, beside those that are served.
 
         Raises what refuses it (RemoteError); then nothing of it is left on the workers.
         """
-        connection, request = self._connection(), load_request(name, path, options)
+        request = load_request(name, path, options, request_id)
+        connection = self._connection()
         connection.exchange.open(request)
         try:
             while isinstance(event := connection.next_event(request.id), Loading):
@@ -127,12 +144,30 @@ class Client(_BaseClient[Connection]):
         finally:
             connection.exchange.close(request.id)
 
-    def unload(self, name: str, *, force: bool = False) -> int:
+    def unload(self, name: str, *, force: bool = False, request_id: str | None = None) -> int:
         """Give a model's memory back; how many bytes that was, over all workers.
 
         Its jobs are finished first, unless `force` ends them.
         """
-        return self._ask(Unload(id=new_id(), name=name, force=force), ModelGone).freed_bytes
+        request = Unload(id=request_id or new_id(), name=name, force=force)
+        return self._ask(request, ModelGone).freed_bytes
+
+    def tokenize(
+        self,
+        text: str | Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        request_id: str | None = None,
+    ) -> Tokens:
+        """The tokens that a model reads for a prompt or, with its template, for a conversation."""
+        return self._ask(tokenize_request(text, model, request_id), Tokens)
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, request_id: str | None = None
+    ) -> str:
+        """The text of tokens, special ones included."""
+        request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
+        return self._ask(request, Text).text
 
     def models(self) -> list[ModelInfo]:
         """What is loaded."""
@@ -187,10 +222,15 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         *,
         model: str | None = None,
         stream: bool = True,
+        priority: int = 0,
+        request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
-        return AsyncStream(self._connection(), story_request(prompt, model, stream, options))
+        request = story_request(
+            prompt, options, request_id, model=model, stream=stream, priority=priority
+        )
+        return AsyncStream(self._connection(), request)
 
     def chat(
         self,
@@ -198,10 +238,15 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         *,
         model: str | None = None,
         stream: bool = True,
+        priority: int = 0,
+        request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
-        return AsyncStream(self._connection(), chat_request(messages, model, stream, options))
+        request = chat_request(
+            messages, options, request_id, model=model, stream=stream, priority=priority
+        )
+        return AsyncStream(self._connection(), request)
 
     async def load(
         self,
@@ -209,13 +254,15 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         path: str | Path,
         *,
         on_progress: Callable[[Loading], None] = lambda _: None,
+        request_id: str | None = None,
         **options: Unpack[LoadOptions],
     ) -> ModelInfo:
         """Load the model in folder `path` and serve it as `name`, beside those that are served.
 
         Raises what refuses it (RemoteError); then nothing of it is left on the workers.
         """
-        connection, request = self._connection(), load_request(name, path, options)
+        request = load_request(name, path, options, request_id)
+        connection = self._connection()
         connection.exchange.open(request)
         try:
             while isinstance(event := await connection.next_event(request.id), Loading):
@@ -224,13 +271,30 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         finally:
             connection.exchange.close(request.id)
 
-    async def unload(self, name: str, *, force: bool = False) -> int:
+    async def unload(self, name: str, *, force: bool = False, request_id: str | None = None) -> int:
         """Give a model's memory back; how many bytes that was, over all workers.
 
         Its jobs are finished first, unless `force` ends them.
         """
-        request = Unload(id=new_id(), name=name, force=force)
+        request = Unload(id=request_id or new_id(), name=name, force=force)
         return (await self._ask(request, ModelGone)).freed_bytes
+
+    async def tokenize(
+        self,
+        text: str | Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        request_id: str | None = None,
+    ) -> Tokens:
+        """The tokens that a model reads for a prompt or, with its template, for a conversation."""
+        return await self._ask(tokenize_request(text, model, request_id), Tokens)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, request_id: str | None = None
+    ) -> str:
+        """The text of tokens, special ones included."""
+        request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
+        return (await self._ask(request, Text)).text
 
     async def models(self) -> list[ModelInfo]:
         """What is loaded."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import zmq
 from coordinator.cluster import Cluster
 from coordinator.engine import Engine
 from coordinator.frontend import Frontend
+from coordinator.gateway_process import GatewayProcess, listen
 from coordinator.planner import check_fits, plan_memory
 from coordinator.run_dir import RunDir
 from coordinator.served_model import fetch_weights, open_model
@@ -37,15 +39,22 @@ def main() -> int:
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
-        serve(settings)
+        serve(settings, listener=listen(sourced, os.environ))
     except TpserveError as error:
         print(f"tpserve: error: {error.message}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, _USERS_ERRORS) else EXIT_FAILED
     return 0
 
 
-def serve(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) -> None:
-    """Run a server until SIGINT or SIGTERM. Raises TpserveError."""
+def serve(
+    settings: Settings,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+    listener: socket.socket | None = None,
+) -> None:
+    """Run a server until SIGINT or SIGTERM. Raises TpserveError.
+
+    listener: where the HTTP API is to be; None: nowhere.
+    """
     models = {name: open_model(name, path, settings) for name, path in settings.model.items()}
     plans = [plan_memory(m.config, m.on_workers, settings) for m in models.values()]
     check_fits(plans, starting=True)
@@ -61,7 +70,12 @@ def serve(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) ->
         on_workers = [model.on_workers for model in models.values()]
         cluster = Cluster(settings, context, run_dir.path, on_workers, worker_command)
         cleanup.callback(cluster.close)
-        engine = Engine(settings, models, frontend, cluster)
+        url = None
+        if listener is not None:
+            gateway = GatewayProcess(listener, frontend.address, settings).start()
+            cleanup.callback(gateway.stop)
+            url = gateway.url
+        engine = Engine(settings, models, frontend, cluster, url)
         cleanup.callback(engine.close, "the server is stopping")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: engine.stop())

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 
 from coordinator.frontend import Frontend, failed
-from coordinator.intake import Intake, test_job
+from coordinator.intake import Intake, Order, test_job
 from coordinator.job import Job
 from coordinator.jobs import refuse_if_full
 from coordinator.metrics import Metrics
@@ -27,6 +27,7 @@ from shared.errors import (
 from shared.messages import (
     Cancel,
     Cancelled,
+    Detokenize,
     Event,
     Generate,
     GetHealth,
@@ -38,6 +39,7 @@ from shared.messages import (
     Queued,
     Started,
     Token,
+    Tokenize,
     TokenLogprobs,
     Unload,
 )
@@ -68,7 +70,7 @@ class Desk:
         self._intake = Intake(models)
         self.wake_fd = self._intake.wake_fd
         """Becomes readable when `take_prepared` has something to do."""
-        self._preparing: dict[tuple[bytes, str], Generate] = {}
+        self._preparing: dict[tuple[bytes, str], Order] = {}
         self._jobs: dict[tuple[bytes, str], Job] = {}
         self._next_report = 0.0
         self.test_problems: dict[str, TpserveError] = {}
@@ -80,7 +82,7 @@ class Desk:
         for client, request in self._frontend.requests():
             try:
                 match request:
-                    case Generate():
+                    case Generate() | Tokenize() | Detokenize():
                         self._submit(client, request)
                     case Cancel():
                         self._cancel(client, request)
@@ -107,7 +109,10 @@ class Desk:
             try:
                 if isinstance(prepared.outcome, TpserveError):
                     raise prepared.outcome
-                self._enqueue(prepared.outcome)
+                if isinstance(prepared.outcome, Job):
+                    self._enqueue(prepared.outcome)
+                else:
+                    self.publish(prepared.client, prepared.outcome)
             except TpserveError as error:
                 self.refuse(*key, error)
 
@@ -120,6 +125,8 @@ class Desk:
     def started(self, job: Job) -> None:
         """The first step of a job is on its way."""
         job.started_at = time.monotonic()
+        if job.client is not _NOBODY:
+            self._metrics.totals.prompt_tokens += job.prompt_tokens
         self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=job.prompt_tokens))
         for sequence in job.sequences if job.request.params.echo else ():
             prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)
@@ -211,7 +218,7 @@ class Desk:
         for client, gone in self._frontend.flush():
             self._drop(client, gone)
 
-    def _submit(self, client: bytes, request: Generate) -> None:
+    def _submit(self, client: bytes, request: Order) -> None:
         key = (client, request.id)
         if key in self._preparing or key in self._jobs:
             raise InvalidRequestError(f"a job with the id {request.id!r} is under way already")

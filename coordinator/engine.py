@@ -55,13 +55,15 @@ class Engine:
         models: dict[str, ServedModel],
         frontend: Frontend,
         cluster: Cluster,
+        http_url: str | None = None,
     ) -> None:
+        """`http_url` is told to the user when the server is ready."""
         self.settings, self.models = settings, models
         self.cluster = cluster
         self.ready = False
         """A token has come through all workers with every model."""
         self.metrics = Metrics()
-        self._frontend = frontend
+        self._frontend, self._http_url = frontend, http_url
         self._desk = Desk(settings, models, frontend, self.metrics)
         self._model_desk = ModelDesk(
             settings, models, cluster, self._desk, self._start_steps, self._stop_steps
@@ -270,6 +272,8 @@ class Engine:
             names = ",".join(self.models)
             workers = self.settings.workers
             print(f"ready {self._frontend.address} workers={workers} models={names}", flush=True)
+            if self._http_url is not None:
+                print(f"gateway {self._http_url}", flush=True)
 
     def _workers_failed(self, error: TpserveError) -> None:
         """Give up the workers of this epoch, tell their clients, and start new ones."""

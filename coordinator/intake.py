@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -24,16 +24,27 @@ from shared.errors import (
     NotReadyError,
     TpserveError,
 )
-from shared.messages import Generate, Sampling, SamplingParams
+from shared.messages import (
+    Detokenize,
+    Generate,
+    Sampling,
+    SamplingParams,
+    Text,
+    Tokenize,
+    Tokens,
+)
+
+Order = Generate | Tokenize | Detokenize
+"""What needs a tokenizer."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A finished preparation: the job, or why there is none."""
+    """A finished preparation: the job or the answer, or why there is none."""
 
     client: bytes
-    request: Generate
-    outcome: Job | TpserveError
+    request: Order
+    outcome: Job | Tokens | Text | TpserveError
 
 
 class Intake:
@@ -41,14 +52,14 @@ class Intake:
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._models = models
-        self._orders: SimpleQueue[tuple[bytes, Generate, ServedModel]] = SimpleQueue()
+        self._orders: SimpleQueue[tuple[bytes, Order, ServedModel]] = SimpleQueue()
         self._finished: deque[Prepared] = deque()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Becomes readable when something has been prepared."""
         # A daemon: a template that never ends must not keep the server from stopping.
         threading.Thread(target=self._run, name="intake", daemon=True).start()
 
-    def submit(self, client: bytes, request: Generate) -> None:
+    def submit(self, client: bytes, request: Order) -> None:
         """Start preparing. Raises ModelNotFoundError at once."""
         model = self._find(request)
         self._orders.put((client, request, model))
@@ -58,9 +69,11 @@ class Intake:
         while self._finished:
             yield self._finished.popleft()
 
-    def _find(self, request: Generate) -> ServedModel:
+    def _find(self, request: Order) -> ServedModel:
+        chat = not isinstance(request, Detokenize) and request.messages is not None
+        kind = "chat" if chat else "story"
         ready = [name for name, model in self._models.items() if model.state == "ready"]
-        name = request.model or (request.kind if request.kind in ready else next(iter(ready), ""))
+        name = request.model or (kind if kind in ready else next(iter(ready), ""))
         if name in ready:
             return self._models[name]
         if name in self._models:
@@ -71,9 +84,15 @@ class Intake:
     def _run(self) -> None:
         while True:
             client, request, model = self._orders.get()
-            outcome: Job | TpserveError
+            outcome: Job | Tokens | Text | TpserveError
             try:
-                outcome = prepare(client, request, model)
+                match request:
+                    case Generate():
+                        outcome = prepare(client, request, model)
+                    case Tokenize():
+                        outcome = tokenize(request, model)
+                    case Detokenize():
+                        outcome = detokenize(request, model)
             except TpserveError as error:
                 outcome = error
             except Exception as error:  # noqa: BLE001 - the thread's last resort: the client must hear
@@ -85,10 +104,7 @@ class Intake:
 def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
     """Tokenise and check a request. Raises ContextLengthError, InvalidRequestError."""
     params = request.params
-    if request.messages is not None:
-        tokens = model.text.encode_chat(request.messages)
-    else:
-        tokens = model.text.encode_story(request.prompt or "")
+    tokens = encode(request, model)
     room = model.max_model_len - len(tokens)
     if room < 1:
         raise ContextLengthError(
@@ -101,7 +117,11 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
             f"{len(tokens) + params.max_tokens}; model {model.name!r} holds {model.max_model_len}: "
             f"ask for at most {room}"
         )
-    _check_ids(params, model.config.vocab_size)
+    for name, ids in (
+        ("logit_bias", params.logit_bias.keys()),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        _check_ids(name, ids, model.config.vocab_size)
     max_new = params.max_tokens or room
     if params.min_tokens > max_new:
         raise InvalidRequestError(
@@ -122,6 +142,29 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
             sequence.text = request.prompt or ""
         job.sequences.append(sequence)
     return job
+
+
+def encode(request: Generate | Tokenize, model: ServedModel) -> list[int]:
+    """The prompt's tokens. Raises ContextLengthError, InvalidRequestError."""
+    if request.messages is not None:
+        return model.text.encode_chat(request.messages)
+    return model.text.encode_story(request.prompt or "")
+
+
+def tokenize(request: Tokenize, model: ServedModel) -> Tokens:
+    """The answer. Raises ContextLengthError, InvalidRequestError."""
+    return Tokens(
+        id=request.id,
+        model=model.name,
+        token_ids=encode(request, model),
+        max_model_len=model.max_model_len,
+    )
+
+
+def detokenize(request: Detokenize, model: ServedModel) -> Text:
+    """The answer. Raises InvalidRequestError."""
+    _check_ids("token_ids", request.token_ids, model.config.vocab_size)
+    return Text(id=request.id, model=model.name, text=model.text.decode(request.token_ids))
 
 
 def test_job(client: bytes, model: ServedModel) -> Job:
@@ -174,13 +217,9 @@ def resolve(
     )
 
 
-def _check_ids(params: SamplingParams, vocab_size: int) -> None:
-    for name, ids in (
-        ("logit_bias", params.logit_bias.keys()),
-        ("stop_token_ids", params.stop_token_ids),
-    ):
-        for token in ids:
-            if token >= vocab_size:
-                raise InvalidRequestError(
-                    f"{name} has token id {token}, but the vocabulary ends at {vocab_size - 1}"
-                )
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        if token >= vocab_size:
+            raise InvalidRequestError(
+                f"{name} has token id {token}, but the vocabulary ends at {vocab_size - 1}"
+            )

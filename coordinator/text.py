@@ -111,6 +111,11 @@ class TextModel:
         text: str = self._tokenizer.decode([token], skip_special_tokens=False)
         return text
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
     def detokenizer(self, prompt_ids: Sequence[int]) -> "Detokenizer":
         """For the tokens that follow `prompt_ids`."""
         return Detokenizer(self._tokenizer, prompt_ids)

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.errors import ConfigError
+from shared.http_address import DEFAULT_HTTP, parse_http_address
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
@@ -66,6 +67,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     listen: Annotated[
         str, Meta(description="ZeroMQ address for clients; port * picks a free one")
     ] = "tcp://127.0.0.1:5555"
+    http: Annotated[
+        str,
+        Meta(description="HOST:PORT of the HTTP API, port 0 picks a free one; --no-http: none"),
+    ] = DEFAULT_HTTP
     max_model_len: Annotated[
         int, Meta(ge=0, description="longest prompt + answer in tokens; 0: the model's own limit")
     ] = 0
@@ -180,6 +185,13 @@ def argument_parser(
             choices = getattr(kind, "__args__", None)
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
             parser.add_argument(flag, metavar=metavar, help=text.replace("%", "%%"))
+    parser.add_argument(
+        "--no-http",
+        dest="http",
+        action="store_const",
+        const="",
+        help="serve no HTTP; in a file or the environment: an empty http",
+    )
     return parser
 
 
@@ -269,6 +281,8 @@ def _check(settings: Settings) -> None:
             "kv_memory is 0: the KV cache needs memory; write auto, or for example 2G"
         )
     _check_address(settings.listen)
+    if settings.http:
+        parse_http_address(settings.http)
 
 
 def _check_address(address: str) -> None:

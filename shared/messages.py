@@ -163,7 +163,30 @@ class Unload(_Request, frozen=True, kw_only=True, tag="unload"):
     """End its jobs at once."""
 
 
-Request = Generate | Cancel | ListModels | GetStatus | GetHealth | Load | Unload
+class Tokenize(_Request, frozen=True, kw_only=True, tag="tokenize"):
+    """The tokens that the model would read: of a story's prompt, or of a conversation."""
+
+    model: ModelName | None = None
+    """None: as in Generate."""
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages'")
+
+
+class Detokenize(_Request, frozen=True, kw_only=True, tag="detokenize"):
+    """The text of tokens."""
+
+    model: ModelName | None = None
+    """None: the model named story, else the first."""
+    token_ids: Annotated[list[TokenIdNumber], Meta(max_length=65536)]
+
+
+Request = (
+    Generate | Cancel | ListModels | GetStatus | GetHealth | Load | Unload | Tokenize | Detokenize
+)
 
 
 # --- coordinator -> client ------------------------------------------------------------------------
@@ -405,6 +428,8 @@ class Totals(Struct, kw_only=True):
     """Sequences over all steps: divided by steps, the mean batch."""
     tokens_computed: int = 0
     """Prompt and decode tokens that went through the model."""
+    prompt_tokens: int = 0
+    """Of the jobs that were started, whether computed or found in the cache."""
     tokens_generated: int = 0
     jobs_done: int = 0
     plan_s: float = 0.0
@@ -453,6 +478,22 @@ class Health(_Event, frozen=True, kw_only=True, tag="health"):
     reason: str = ""
 
 
+class Tokens(_Event, frozen=True, kw_only=True, tag="tokens"):
+    """Answer to `tokenize`."""
+
+    model: str
+    token_ids: list[int]
+    max_model_len: int
+    """Tokens that the model holds, prompt and answer together."""
+
+
+class Text(_Event, frozen=True, kw_only=True, tag="text"):
+    """Answer to `detokenize`. Special tokens are shown."""
+
+    model: str
+    text: str
+
+
 Event = (
     Queued
     | Started
@@ -467,6 +508,8 @@ Event = (
     | Loading
     | ModelReady
     | ModelGone
+    | Tokens
+    | Text
 )
 TERMINAL_EVENTS = (Done, Failed, Cancelled, ModelReady, ModelGone)
 

@@ -5,11 +5,9 @@ its rank and where to connect comes over the socket.
 """
 
 import argparse
-import ctypes
 import logging
 import os
 import signal
-import sys
 import time
 
 import torch
@@ -35,6 +33,7 @@ from shared.messages import (
     decode_to_worker,
     encode,
 )
+from shared.processes import die_with
 from shared.sockets import dealer
 from worker.comm.open import open_communicator
 from worker.loading import Loading
@@ -44,7 +43,6 @@ from worker.runner import Runner, TimedCommunicator
 
 log = logging.getLogger("worker")
 
-_PR_SET_PDEATHSIG = 1
 _TIMES_INTERVAL_S = 1.0
 
 
@@ -212,13 +210,6 @@ class Worker:
         )
 
 
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when the coordinator goes, however it goes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the request was made
-        sys.exit(1)
-
-
 def main() -> None:
     """Entry of the worker process."""
     parser = argparse.ArgumentParser(prog="python -m worker")
@@ -229,7 +220,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="the coordinator's process id")
     parser.add_argument("--log-level", default="info")
     args = parser.parse_args()
-    _die_with(args.parent)
+    die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to handle
     logging.basicConfig(
         level=args.log_level.upper(),

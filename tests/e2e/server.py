@@ -13,17 +13,19 @@ from types import TracebackType
 
 import psutil
 
+PROJECT = Path(__file__).resolve().parents[2]
 TPSERVE = str(Path(sys.executable).parent / "tpserve")
 START_TIMEOUT_S = 120.0
 
 
 class Server:
-    """`tpserve serve` on a free port."""
+    """`tpserve serve` on a free port; without HTTP unless `--http` is among the arguments."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         listen = () if "--listen" in arguments else ("--listen", "tcp://127.0.0.1:*")
+        http = () if "--http" in arguments else ("--no-http",)
         self.process = subprocess.Popen(
-            [TPSERVE, "serve", *listen, *arguments],
+            [TPSERVE, "serve", *listen, *http, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -58,10 +60,17 @@ class Server:
         self.address = line.split()[1]
         return self.address
 
+    def http_url(self) -> str:
+        """Where the HTTP API is; the line after the ready line says it."""
+        line = self._output.get(timeout=START_TIMEOUT_S)
+        assert line.startswith("gateway "), line
+        return line.split()[1]
+
     def workers(self) -> list[psutil.Process]:
         """The worker processes, by rank."""
         children = psutil.Process(self.process.pid).children()
-        found = [p for p in children if p.status() != psutil.STATUS_ZOMBIE]
+        alive = [p for p in children if p.status() != psutil.STATUS_ZOMBIE]
+        found = [p for p in alive if "--rank" in p.cmdline()]
         return sorted(found, key=lambda p: int(p.cmdline()[p.cmdline().index("--rank") + 1]))
 
     def wait_exit(self, timeout_s: float) -> int:

@@ -254,7 +254,7 @@ def test_workers_do_not_outlive_a_killed_coordinator(story_model: Path) -> None:
 
 
 def expect_failure(words: list[str], *arguments: str) -> None:
-    run = run_tpserve(["serve", "--listen", "tcp://127.0.0.1:*", *arguments])
+    run = run_tpserve(["serve", "--no-http", "--listen", "tcp://127.0.0.1:*", *arguments])
     assert run.returncode != 0
     assert run.stdout == ""
     errors = [line for line in run.stderr.splitlines() if line.startswith("tpserve: error:")]
@@ -269,7 +269,9 @@ def test_too_many_workers_is_one_clear_line() -> None:
 
 
 def test_a_busy_port_is_one_clear_line(address: str, story_model: Path) -> None:
-    run = run_tpserve(["serve", "--listen", address, "--model", f"story={story_model}"])
+    run = run_tpserve(
+        ["serve", "--no-http", "--listen", address, "--model", f"story={story_model}"]
+    )
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1] == (
         f"tpserve: error: cannot listen on {address!r}: already in use"
@@ -280,7 +282,9 @@ def test_a_live_ipc_path_is_not_taken_over(story_model: Path, tmp_path: Path) ->
     path = f"ipc://{tmp_path}/s"
     with Server("--listen", path, "--model", f"story={story_model}") as first:
         first.wait_ready()
-        run = run_tpserve(["serve", "--listen", path, "--model", f"story={story_model}"])
+        run = run_tpserve(
+            ["serve", "--no-http", "--listen", path, "--model", f"story={story_model}"]
+        )
         assert run.returncode == 2
         assert "already in use" in run.stderr
         with Client(path) as client:

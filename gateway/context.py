@@ -1,0 +1,37 @@
+"""What all routes share."""
+
+import time
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from client.zmq_client import AsyncClient
+from gateway.metrics import Metrics
+from gateway.settings import HttpSettings
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The way to the coordinator, and what is counted on it."""
+
+    settings: HttpSettings
+    client: AsyncClient
+    metrics: Metrics
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    """Unix time; what `/v1/models` gives as the creation of every model."""
+
+
+def request_id(request: Request) -> str:
+    """The id by which the logs of gateway and coordinator know this request."""
+    given: str = request.state.request_id
+    return given
+
+
+def once(request: Request) -> str:
+    """An id for the coordinator, which wants no two requests with the same one at a time."""
+    return f"{request_id(request)}-{id(request):x}"
+
+
+def note(request: Request, **fields: object) -> None:
+    """Add to the line that the log gets when the request has ended."""
+    request.state.log_fields.update(fields)
