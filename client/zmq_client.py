@@ -25,6 +25,7 @@ from client.requests import (
     new_id,
     story_request,
 )
+from client.sessions import AsyncSessions, Sessions
 from client.streams import AsyncStream, Stream
 from shared.errors import ConnectionLostError
 from shared.messages import (
@@ -83,6 +84,11 @@ class Client(_BaseClient[Connection]):
     Every method may raise ConnectionLostError: no server has answered within `timeout_s`, it has
     closed the connection, or it has not even answered questions for its health for `silence_s`.
     """
+
+    @property
+    def sessions(self) -> Sessions:
+        """Conversations and stories that the server keeps."""
+        return Sessions(self._ask, self._connection)
 
     def story(
         self,
@@ -180,6 +186,11 @@ class AsyncClient(_BaseClient[AsyncConnection]):
 
     Raises what `Client` raises.
     """
+
+    @property
+    def sessions(self) -> AsyncSessions:
+        """Conversations and stories that the server keeps."""
+        return AsyncSessions(self._ask, self._connection)
 
     def story(
         self,

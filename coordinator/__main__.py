@@ -15,6 +15,7 @@ from coordinator.frontend import Frontend
 from coordinator.planner import check_fits, plan_memory
 from coordinator.run_dir import RunDir
 from coordinator.served_model import open_model
+from coordinator.store import Store
 from coordinator.supervisor import WORKER_COMMAND
 from shared.config import Settings, argument_parser, load_settings
 from shared.errors import ConfigError, MemoryPlanError, ModelError, TpserveError
@@ -59,7 +60,8 @@ def serve(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) ->
         on_workers = [model.on_workers for model in models.values()]
         cluster = Cluster(settings, context, run_dir.path, on_workers, worker_command)
         cleanup.callback(cluster.close)
-        engine = Engine(settings, models, frontend, cluster)
+        store = None if settings.database == "none" else Store(settings.database)
+        engine = Engine(settings, models, frontend, cluster, store)
         cleanup.callback(engine.close, "the server is stopping")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: engine.stop())

@@ -86,7 +86,7 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
     """Tokenise and check a request. Raises ContextLengthError, InvalidRequestError."""
     params = request.params
     if request.messages is not None:
-        tokens = model.text.encode_chat(request.messages)
+        tokens = model.text.encode_chat(request.messages, continue_last=request.continue_last)
     else:
         tokens = model.text.encode_story(request.prompt or "")
     room = model.max_model_len - len(tokens)

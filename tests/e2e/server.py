@@ -22,8 +22,10 @@ class Server:
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         listen = () if "--listen" in arguments else ("--listen", "tcp://127.0.0.1:*")
+        # Tests leave the user's own sessions alone.
+        database = () if "--database" in arguments else ("--database", "none")
         self.process = subprocess.Popen(
-            [TPSERVE, "serve", *listen, *arguments],
+            [TPSERVE, "serve", *listen, *database, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
