@@ -40,15 +40,17 @@ E = TypeVar("E", bound=Event)
 
 
 class Ask(Protocol):
-    """Sends a request and waits for its one answer."""
+    """Of the client that waits."""
 
-    def __call__(self, request: Request, answer: type[E]) -> E: ...
+    def __call__(self, request: Request, answer: type[E]) -> E:
+        """Send a request and wait for its one answer."""
 
 
 class AsyncAsk(Protocol):
-    """The same in an event loop."""
+    """Of the one in an event loop."""
 
-    def __call__(self, request: Request, answer: type[E]) -> Awaitable[E]: ...
+    def __call__(self, request: Request, answer: type[E]) -> Awaitable[E]:
+        """Send a request and wait for its one answer."""
 
 
 def _params(options: SamplingOptions) -> SamplingParams | None:
