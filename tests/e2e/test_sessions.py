@@ -30,7 +30,7 @@ from shared.messages import (
     TurnStored,
     encode,
 )
-from tests.e2e.server import Server, wait_until
+from tests.e2e.server import Server, run_tpserve, wait_until
 from tests.e2e.test_server import raw_socket
 
 CHAT = f"chat={PROJECT_ROOT / 'models' / 'demo-chat'}"
@@ -331,3 +331,37 @@ def test_an_id_that_is_in_use_is_refused(server: Server, client: Client) -> None
     assert wait_until(lambda: len(path(client, session)) == 2, 10)
     assert path(client, other) == []
     socket.close()
+
+
+def test_the_commands_list_show_search_rename_copy_and_delete(
+    server: Server, client: Client, tmp_path: Path
+) -> None:
+    def tpserve(*arguments: str, stdin: str = "") -> str:
+        done = run_tpserve([*arguments, "--server", server.address], stdin)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    session = str(greedy(client))
+    chat = ("chat", "--session", session)
+    answers = tpserve(*chat, stdin="Hello, my name is Zebedee.\nWhat is my name?\n").splitlines()
+    assert "Zebedee" in answers[-1]
+    assert tpserve("chat", "--last", stdin="/undo\nWhat is my name?\n").strip() == answers[-1]
+    assert "Hello, my name is Zebedee." in tpserve("sessions", "list", "--limit", "1")
+    shown = tpserve("sessions", "show", session)
+    assert "user 2/2\nWhat is my name?" in shown
+    assert session in tpserve("sessions", "search", "zebedee").split()
+    tpserve("sessions", "rename", session, "Names")
+    file = str(tmp_path / "session.json")
+    tpserve("sessions", "export", session, file)
+    copy = tpserve("sessions", "import", file).strip()
+    assert client.sessions.export(int(copy)) == client.sessions.export(int(session))
+    assert client.sessions.get(int(copy)).session.title == "Names"
+    tpserve("sessions", "rm", session, copy)
+    for arguments, said in (
+        (["sessions", "show", copy], f"there is no session {copy}"),
+        (["sessions", "import", "/nowhere"], "/nowhere cannot be read: No such file"),
+        (["chat", "--session", copy, "--system", "x"], "leave out --model"),
+    ):
+        done = run_tpserve([*arguments, "--server", server.address])
+        assert done.returncode == 1
+        assert said in done.stderr
