@@ -29,7 +29,8 @@ TURN_WORDS = 480
 def server(model: Path, flags: list[str]) -> Iterator[str]:
     """The address of a server that runs while the context does."""
     command = [sys.executable, "-P", "-m", "coordinator", "--listen", "tcp://127.0.0.1:*"]
-    command += ["--model", f"story={model}", "--log-level", "warning", *flags]
+    command += ["--model", f"story={model}", "--log-level", "warning", "--database", "none"]
+    command += flags
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

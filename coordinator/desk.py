@@ -6,7 +6,7 @@ Knows nothing of steps and workers. Every accepted job gets exactly one `done`, 
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from coordinator.frontend import Frontend, failed
 from coordinator.intake import Intake, test_job
@@ -79,9 +79,8 @@ class Desk:
         self.test_problems: dict[str, TpserveError] = {}
         """By model: why its test job has failed."""
 
-    def take_requests(self) -> list[tuple[bytes, Question]]:
-        """Answer what is about jobs; returned is what is about the server as a whole."""
-        questions: list[tuple[bytes, Question]] = []
+    def take_requests(self) -> Iterator[tuple[bytes, Question]]:
+        """Answer what is about jobs; the rest comes out, each before the next request is taken."""
         for client, request in self._frontend.requests():
             try:
                 match request:
@@ -93,10 +92,9 @@ class Desk:
                         infos = [model.info() for model in self._models.values()]
                         self.publish(client, Models(id=request.id, models=infos))
                     case _:
-                        questions.append((client, request))
+                        yield client, request
             except TpserveError as error:
                 self.refuse(client, request.id, error)
-        return questions
 
     def refuse(self, client: bytes, request_id: str, error: TpserveError) -> None:
         """Answer a request with an error."""

@@ -15,6 +15,7 @@ from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Database
 from shared.errors import InvalidRequestError, SessionNotFoundError
 from shared.messages import (
+    BadRequestError,
     ContinueTurn,
     CreateSession,
     EditTurn,
@@ -28,6 +29,7 @@ from shared.messages import (
     SessionState,
     Timings,
     TurnRequest,
+    decode_request,
 )
 
 T = TypeVar("T")
@@ -473,3 +475,29 @@ def test_a_broken_export_is_refused(
     assert msgspec.convert(good, SessionExport)
     with pytest.raises(msgspec.ValidationError, match=said):
         msgspec.convert({**good, **change}, SessionExport)
+
+
+@pytest.mark.parametrize(
+    ("request_map", "said"),
+    [
+        ({"op": "create_session", "kind": "story", "system": "x"}, "a story has no system prompt"),
+        ({"op": "create_session", "kind": "chat", "params": {"n": 2}}, "n is 1"),
+        ({"op": "send", "session": 1, "text": "x", "params": {"echo": True}}, "echo false"),
+        ({"op": "edit", "session": 1, "message": 1, "text": ""}, "text"),
+        ({"op": "rollback", "session": 1}, "message"),
+        ({"op": "search", "text": "x", "limit": 0}, "limit"),
+        (
+            {
+                "op": "generate",
+                "kind": "chat",
+                "messages": [{"role": "user", "content": "x"}],
+                "continue_last": True,
+            },
+            "the last of them the assistant's",
+        ),
+        ({"op": "generate", "kind": "story", "prompt": "x", "continue_last": True}, "messages"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(request_map: dict[str, object], said: str) -> None:
+    with pytest.raises(BadRequestError, match=said):
+        decode_request(msgspec.msgpack.encode({"id": "x", **request_map}))

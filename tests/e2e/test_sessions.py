@@ -20,7 +20,10 @@ from shared.errors import (
     WorkerLostError,
 )
 from shared.messages import (
+    Cancel,
+    Cancelled,
     Done,
+    Event,
     Queued,
     SamplingParams,
     SendTurn,
@@ -28,6 +31,7 @@ from shared.messages import (
     Started,
     Token,
     TurnStored,
+    decode_events,
     encode,
 )
 from tests.e2e.server import Server, run_tpserve, wait_until
@@ -321,6 +325,29 @@ def test_without_a_database_sessions_are_refused() -> None:
         with pytest.raises(SessionsOffError, match="started with --database none"):
             c.sessions.create()
         assert c.chat([{"role": "user", "content": "Hi"}], max_tokens=3).result().text
+
+
+def test_a_turn_that_is_cancelled_at_once_keeps_what_was_said(
+    server: Server, client: Client
+) -> None:
+    session = greedy(client)
+    socket = raw_socket(server.address)
+    socket.send(encode(SendTurn(id="t", session=session, text="Hello!")))
+    socket.send(encode(Cancel(id="c", job="t")))
+    events: list[Event] = []
+    while len(events) < 3:
+        assert socket.poll(10_000), events
+        events += decode_events(socket.recv())
+    user = client.sessions.get(session).messages[0].id
+    assert events == [
+        Cancelled(id="c"),
+        TurnStored(id="t", session=session, user_message=user, answer=None),
+        Cancelled(id="t"),
+    ]
+    assert path(client, session) == ["Hello!"]
+    client.sessions.regenerate(session).result()
+    assert len(path(client, session)) == 2
+    socket.close()
 
 
 def test_an_id_that_is_in_use_is_refused(server: Server, client: Client) -> None:
