@@ -28,7 +28,7 @@ TURN_WORDS = 480
 @contextmanager
 def server(model: Path, flags: list[str]) -> Iterator[str]:
     """The address of a server that runs while the context does."""
-    command = [sys.executable, "-P", "-m", "coordinator", "--no-http"]
+    command = [sys.executable, "-P", "-m", "coordinator", "--no-http", "--database", "none"]
     command += ["--listen", "tcp://127.0.0.1:*"]
     command += ["--model", f"story={model}", "--log-level", "warning", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -94,7 +94,7 @@ def load(client: Client, workers: list[int], model: Path, dtype: str) -> Loaded:
 
 def measure(case: Case, model: Path, cache: Path) -> Loaded:
     """In a server of its own."""
-    command = [sys.executable, "-P", "-m", "coordinator", "--no-http"]
+    command = [sys.executable, "-P", "-m", "coordinator", "--no-http", "--database", "none"]
     command += ["--listen", "tcp://127.0.0.1:*"]
     command += ["--workers", str(case.workers), "--threads-per-worker", "1", "--kv-memory", "256M"]
     command += ["--model", f"story={PROJECT / 'models' / 'demo-story'}", "--log-level", "warning"]

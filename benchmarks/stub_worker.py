@@ -73,7 +73,9 @@ def main() -> None:
     """`serve STEP_MS FLAGS...`: a server of stub workers. `work STEP_MS ...`: one of them."""
     role, step_ms, *rest = sys.argv[1:]
     if role == "serve":
-        settings = load_settings(argument_parser().parse_args(rest), os.environ).settings
+        settings = load_settings(
+            argument_parser().parse_args(["--database", "none", *rest]), os.environ
+        ).settings
         serve(settings, (sys.executable, __file__, "work", step_ms))
         return
     parser = argparse.ArgumentParser()

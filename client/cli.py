@@ -102,6 +102,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "terminal, each of its lines is a turn and only the answers are printed.",
     )
     chat.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
+    kept = chat.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--session", metavar="ID", type=_count, help="go on with a conversation of the server"
+    )
+    kept.add_argument(
+        "--last", action="store_true", help="the same with the chat that was changed last"
+    )
 
     status = commands.add_parser(
         "status", parents=[server, as_json], help="workers, queue, memory of the server"
@@ -134,8 +141,39 @@ def argument_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"
     )
+    _add_session_commands(commands, server, as_json)
     _add_cache_commands(commands, as_json)
     return parser
+
+
+def _add_session_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    server: argparse.ArgumentParser,
+    as_json: argparse.ArgumentParser,
+) -> None:
+    """`tpserve sessions` and its own commands."""
+    sessions = commands.add_parser(
+        "sessions", help="conversations that the server keeps; tpserve sessions --help"
+    )
+    actions = sessions.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", parents=[server, as_json], help="those changed last first")
+    show = actions.add_parser("show", parents=[server, as_json], help="the messages of one")
+    search = actions.add_parser("search", parents=[server, as_json], help="find words in them")
+    rename = actions.add_parser("rename", parents=[server], help="give one another title")
+    rm = actions.add_parser("rm", parents=[server], help="delete with all messages")
+    export = actions.add_parser("export", parents=[server], help="write one as JSON")
+    imported = actions.add_parser("import", parents=[server], help="make one of such a file")
+    listing.add_argument("--limit", metavar="N", type=_count, default=50, help="(default: 50)")
+    search.add_argument("text", metavar="WORDS")
+    search.add_argument("--limit", metavar="N", type=_count, default=50, help="(default: 50)")
+    for action in (show, rename, export):
+        action.add_argument("session", metavar="ID", type=_count)
+    rm.add_argument("session", metavar="ID", type=_count, nargs="+")
+    rename.add_argument("title", metavar="TITLE")
+    for action in (export, imported):
+        action.add_argument(
+            "file", metavar="FILE", nargs="?", default="-", help="default: - (pipe)"
+        )
 
 
 def _add_cache_commands(
@@ -221,6 +259,13 @@ def _json_flag() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     flags.add_argument("--json", action="store_true", help="print JSON")
     return flags
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def _seconds(text: str) -> float:

@@ -20,6 +20,7 @@ from shared.messages import (
     Generate,
     GetHealth,
     Request,
+    TurnRequest,
     decode_events,
 )
 
@@ -82,7 +83,7 @@ class Exchange:
             self._quiet_since = time.monotonic()
         self._send(frame)
         self._unread[request.id] = deque()
-        if isinstance(request, Generate):
+        if isinstance(request, Generate | TurnRequest):
             self._jobs.add(request.id)
 
     def next_event(self, request_id: str) -> Event | None:

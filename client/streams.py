@@ -1,4 +1,4 @@
-"""The answer to one story or chat request while it arrives: text, events, the final result."""
+"""The answer to one story, chat or turn request while it arrives: text, events, the final result."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import aclosing, closing
@@ -8,13 +8,22 @@ from typing import Self
 from client.connection import AsyncConnection, Connection
 from client.errors import JobCancelledError, expect
 from client.exchange import Exchange
-from shared.messages import Cancelled, Done, Event, Failed, Generate, Token
+from shared.messages import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Token,
+    TurnRequest,
+    TurnStored,
+)
 
 
 class _Answer:
     """One job as far as its events have been read. Sends, but never waits."""
 
-    def __init__(self, exchange: Exchange, request: Generate) -> None:
+    def __init__(self, exchange: Exchange, request: Generate | TurnRequest) -> None:
         self._exchange = exchange
         self._closed = False
         self.id = request.id
@@ -24,6 +33,8 @@ class _Answer:
         self.token_ids: list[int] = []
         self.end: Done | Failed | Cancelled | None = None
         """The job's last event, once it is read."""
+        self.stored: TurnStored | None = None
+        """Of a turn: what its session has got by it, once `end` is there."""
         exchange.open(request)
 
     def cancel(self) -> None:
@@ -54,6 +65,8 @@ class _Answer:
             added = event.text.removeprefix(self.text)
             self.text, self.token_ids, self.end = event.text, event.token_ids, event
             return added
+        if isinstance(event, TurnStored):
+            self.stored = event
         if isinstance(event, Failed):
             self.end = event
             expect(event, Done)
@@ -80,7 +93,7 @@ class Stream(_Answer):
     the iteration.
     """
 
-    def __init__(self, connection: Connection, request: Generate) -> None:
+    def __init__(self, connection: Connection, request: Generate | TurnRequest) -> None:
         self._connection = connection
         super().__init__(connection.exchange, request)
 
@@ -125,7 +138,7 @@ class Stream(_Answer):
 class AsyncStream(_Answer):
     """`Stream` for `async for`, in the event loop that its client was used in first."""
 
-    def __init__(self, connection: AsyncConnection, request: Generate) -> None:
+    def __init__(self, connection: AsyncConnection, request: Generate | TurnRequest) -> None:
         self._connection = connection
         super().__init__(connection.exchange, request)
 

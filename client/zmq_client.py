@@ -27,6 +27,7 @@ from client.requests import (
     story_request,
     tokenize_request,
 )
+from client.sessions import AsyncSessions, Sessions
 from client.streams import AsyncStream, Stream
 from shared.errors import ConnectionLostError
 from shared.messages import (
@@ -88,6 +89,11 @@ class Client(_BaseClient[Connection]):
     Every method may raise ConnectionLostError: no server has answered within `timeout_s`, it has
     closed the connection, or it has not even answered questions for its health for `silence_s`.
     """
+
+    @property
+    def sessions(self) -> Sessions:
+        """Conversations and stories that the server keeps."""
+        return Sessions(self._ask, self._connection)
 
     def story(
         self,
@@ -215,6 +221,11 @@ class AsyncClient(_BaseClient[AsyncConnection]):
 
     Raises what `Client` raises.
     """
+
+    @property
+    def sessions(self) -> AsyncSessions:
+        """Conversations and stories that the server keeps."""
+        return AsyncSessions(self._ask, self._connection)
 
     def story(
         self,

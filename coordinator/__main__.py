@@ -17,6 +17,7 @@ from coordinator.gateway_process import GatewayProcess, listen
 from coordinator.planner import check_fits, plan_memory
 from coordinator.run_dir import RunDir
 from coordinator.served_model import fetch_weights, open_model
+from coordinator.store import Store
 from coordinator.supervisor import WORKER_COMMAND
 from shared.config import Settings, argument_parser, load_settings
 from shared.errors import ConfigError, MemoryPlanError, ModelError, TpserveError
@@ -75,7 +76,8 @@ def serve(
             gateway = GatewayProcess(listener, frontend.address, settings).start()
             cleanup.callback(gateway.stop)
             url = gateway.url
-        engine = Engine(settings, models, frontend, cluster, url)
+        store = None if settings.database == "none" else Store(settings.database)
+        engine = Engine(settings, models, frontend, cluster, store, url)
         cleanup.callback(engine.close, "the server is stopping")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: engine.stop())

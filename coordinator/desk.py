@@ -6,7 +6,7 @@ Knows nothing of steps and workers. Every accepted job gets exactly one `done`, 
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from coordinator.frontend import Frontend, failed
 from coordinator.intake import Intake, Order, test_job
@@ -37,6 +37,7 @@ from shared.messages import (
     Models,
     Progress,
     Queued,
+    SessionRequest,
     Started,
     Token,
     Tokenize,
@@ -46,7 +47,9 @@ from shared.messages import (
 
 log = logging.getLogger("coordinator.desk")
 
-Question = GetStatus | GetHealth | Load | Unload
+Question = GetStatus | GetHealth | Load | Unload | SessionRequest
+Ending = Callable[[Event, Job | None], None]
+"""Is given a job's last event instead of its client, and the job if there was one."""
 
 _REPORT_INTERVAL_S = 1.0
 _NOBODY = b""
@@ -72,13 +75,14 @@ class Desk:
         """Becomes readable when `take_prepared` has something to do."""
         self._preparing: dict[tuple[bytes, str], Order] = {}
         self._jobs: dict[tuple[bytes, str], Job] = {}
+        self._endings: dict[tuple[bytes, str], Ending] = {}
+        """Of jobs, and of what is to become one, whose end somebody else takes first."""
         self._next_report = 0.0
         self.test_problems: dict[str, TpserveError] = {}
         """By model: why its test job has failed."""
 
-    def take_requests(self) -> list[tuple[bytes, Question]]:
-        """Answer what is about jobs; returned is what is about the server as a whole."""
-        questions: list[tuple[bytes, Question]] = []
+    def take_requests(self) -> Iterator[tuple[bytes, Question]]:
+        """Answer what is about jobs; the rest comes out, each before the next request is taken."""
         for client, request in self._frontend.requests():
             try:
                 match request:
@@ -89,11 +93,10 @@ class Desk:
                     case ListModels():
                         infos = [model.info() for model in self._models.values()]
                         self.publish(client, Models(id=request.id, models=infos))
-                    case GetStatus() | GetHealth() | Load() | Unload():
-                        questions.append((client, request))
+                    case _:
+                        yield client, request
             except TpserveError as error:
                 self.refuse(client, request.id, error)
-        return questions
 
     def refuse(self, client: bytes, request_id: str, error: TpserveError) -> None:
         """Answer a request with an error."""
@@ -114,7 +117,28 @@ class Desk:
                 else:
                     self.publish(prepared.client, prepared.outcome)
             except TpserveError as error:
-                self.refuse(*key, error)
+                if key in self._endings:
+                    self._last_event(prepared.client, failed(prepared.request.id, error))
+                else:
+                    self.refuse(*key, error)
+
+    def promise(self, client: bytes, request_id: str, ending: Ending) -> None:
+        """A job with this id may follow by `submit`; `ending` is called once, however it ends.
+
+        Raises what `submit` would raise now.
+        """
+        self._check_room((client, request_id))
+        self._endings[client, request_id] = ending
+
+    def submit(self, client: bytes, request: Generate) -> None:
+        """Take a job that was promised. Raises TpserveError; then it is promised no more."""
+        ending = self._endings.pop((client, request.id))
+        self._submit(client, request)
+        self._endings[client, request.id] = ending
+
+    def withdraw(self, client: bytes, request_id: str) -> None:
+        """A job that was promised does not come."""
+        self._endings.pop((client, request_id), None)
 
     def start_test_job(self, model: ServedModel) -> None:
         """Queue a job of one token, to see that the workers compute."""
@@ -182,16 +206,18 @@ class Desk:
         """End all jobs of a model in a failed event."""
         for job in [job for job in self._jobs.values() if job.model == model]:
             self._end(job)
-            self.publish(job.client, failed(job.id, error))
+            self._last_event(job.client, failed(job.id, error), job)
 
     def fail_all(self, error: TpserveError) -> None:
         """No job survives: each of them ends in a failed event."""
-        waiting = [*self._preparing, *(key for key in self._jobs if key[0] is not _NOBODY)]
-        for job in list(self._jobs.values()):
+        jobs, waiting = list(self._jobs.values()), {*self._preparing, *self._endings}
+        for job in jobs:
             self._end(job)
         self._preparing.clear()
-        for client, request_id in waiting:
-            self.publish(client, failed(request_id, error))
+        for job in jobs:
+            self._last_event(job.client, failed(job.id, error), job)
+        for client, request_id in waiting.difference(job.key for job in jobs):
+            self._last_event(client, failed(request_id, error))
 
     def publish(self, client: bytes, event: Event) -> None:
         """Have an event sent with the next `flush`."""
@@ -220,15 +246,18 @@ class Desk:
 
     def _submit(self, client: bytes, request: Order) -> None:
         key = (client, request.id)
-        if key in self._preparing or key in self._jobs:
-            raise InvalidRequestError(f"a job with the id {request.id!r} is under way already")
+        self._check_room(key)
+        self._intake.submit(client, request)
+        self._preparing[key] = request
+
+    def _check_room(self, key: tuple[bytes, str]) -> None:
+        if key in self._preparing or key in self._jobs or key in self._endings:
+            raise InvalidRequestError(f"a job with the id {key[1]!r} is under way already")
         if not self.open:
             raise NotReadyError("the workers are being started: try again in a moment")
         waiting = sum(len(model.queue) for model in self._models.values()) + len(self._preparing)
         limit, retry = self._settings.queue_limit, self._metrics.retry_after_s()
         refuse_if_full(waiting, limit, "jobs", "--queue-limit", retry)
-        self._intake.submit(client, request)
-        self._preparing[key] = request
 
     def _enqueue(self, job: Job) -> None:
         tokens = sum(model.queue.tokens for model in self._models.values())
@@ -244,10 +273,12 @@ class Desk:
         key = (client, request.job)
         if key in self._preparing:
             del self._preparing[key]
-            self.publish(client, Cancelled(id=request.job))
+            self._last_event(client, Cancelled(id=request.job))
         elif (job := self._jobs.get(key)) is not None:
             self._end(job)
-            self.publish(client, job.cancelled())
+            self._last_event(client, job.cancelled(), job)
+        elif key in self._endings:
+            self._last_event(client, Cancelled(id=request.job))
         else:
             raise JobNotFoundError(f"no job with the id {request.job!r} is under way")
         self.publish(client, Cancelled(id=request.id))
@@ -260,18 +291,37 @@ class Desk:
     def _drop(self, client: bytes, gone: bool) -> None:
         """A client is gone or does not read: its jobs end."""
         dropped = [job for job in self._jobs.values() if job.client == client]
-        preparing = [key for key in self._preparing if key[0] == client]
+        keys = {key for key in (*self._preparing, *self._endings) if key[0] == client}
+        preparing = keys.difference(job.key for job in dropped)
         for job in dropped:
             self._end(job)
         for key in preparing:
-            del self._preparing[key]
+            self._preparing.pop(key, None)
+        error = SlowReaderError("too many events wait to be read: the job was ended")
+        owed: list[Event] = []
+        of_id: dict[str, Job | None] = {key[1]: None for key in preparing}
+        of_id |= {job.id: job for job in dropped}
+        for job_id, ended in of_id.items():
+            if (client, job_id) not in self._endings:
+                owed.append(failed(job_id, error))
+            elif gone:
+                event = ended.cancelled() if ended is not None else Cancelled(id=job_id)
+                self._last_event(client, event, ended)
+            else:
+                self._last_event(client, failed(job_id, error), ended)
         if not gone:
-            error = SlowReaderError("too many events wait to be read: the job was ended")
-            ended = [*(job.id for job in dropped), *(key[1] for key in preparing)]
-            self._frontend.owe(client, [failed(job_id, error) for job_id in ended])
+            self._frontend.owe(client, owed)
         if dropped or preparing:
             why = "went away" if gone else "does not read"
             log.info("a client %s; %d jobs were ended", why, len(dropped) + len(preparing))
+
+    def _last_event(self, client: bytes, event: Event, job: Job | None = None) -> None:
+        """What a client waits for at the end of a job, unless somebody else takes it first."""
+        ending = self._endings.pop((client, event.id), None)
+        if ending is not None:
+            ending(event, job)
+        else:
+            self.publish(client, event)
 
     def _finish(self, job: Job, sequence: Sequence) -> None:
         scheduler = self._models[job.model].scheduler
@@ -283,13 +333,13 @@ class Desk:
         if job.client is not _NOBODY:
             done = job.done()
             self._metrics.job_done(done.timings)
-            self.publish(job.client, done)
+            self._last_event(job.client, done, job)
 
     def _fail(self, job: Job, error: TpserveError) -> None:
         self._end(job)
         if job.client is _NOBODY:
             self.test_problems[job.model] = TpserveError(f"model {job.model}: {error.message}")
-        self.publish(job.client, failed(job.id, error))
+        self._last_event(job.client, failed(job.id, error), job)
 
     def _end(self, job: Job) -> None:
         """Forget a job that is done, failed or cancelled; what it holds is given back."""

@@ -22,6 +22,8 @@ from coordinator.model_desk import ModelDesk
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
+from coordinator.sessions import SessionDesk
+from coordinator.store import Store
 from shared.config import Settings
 from shared.errors import NotReadyError, TpserveError, WorkerLostError
 from shared.messages import GetHealth, GetStatus, Health, Load, StepPlan, StepResult, Unload
@@ -55,9 +57,10 @@ class Engine:
         models: dict[str, ServedModel],
         frontend: Frontend,
         cluster: Cluster,
+        store: Store | None = None,
         http_url: str | None = None,
     ) -> None:
-        """`http_url` is told to the user when the server is ready."""
+        """store: of the sessions; None: there are none. http_url: told to the user when ready."""
         self.settings, self.models = settings, models
         self.cluster = cluster
         self.ready = False
@@ -68,6 +71,7 @@ class Engine:
         self._model_desk = ModelDesk(
             settings, models, cluster, self._desk, self._start_steps, self._stop_steps
         )
+        self._sessions = SessionDesk(store, self._desk)
         self._sent: deque[SentStep] = deque()
         self._step = 0
         """Number of the last plan."""
@@ -81,7 +85,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve until `stop` is called. Raises TpserveError when the workers cannot be kept up."""
-        for fd in (self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd):
+        for fd in self._wake_fds():
             self._watch.register(fd, select.EPOLLIN)
         for pollable in (self._frontend.socket, self.cluster.socket, self._watch.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
@@ -97,6 +101,7 @@ class Engine:
             self._notice_silence()
             if self._watch.fileno() in readable:
                 self._take_wakeups()
+                self._sessions.take_stored()
                 self._desk.take_prepared()
             if self._frontend.socket in readable:
                 self._answer(self._desk.take_requests())
@@ -120,6 +125,8 @@ class Engine:
     def close(self, reason: str) -> None:
         """Tell every waiting client, end the workers."""
         self._give_up_steps(NotReadyError(reason))
+        self._desk.flush()
+        self._sessions.close()
         self._desk.flush()
         self.cluster.stop(grace_s=3.0)
         self._watch.close()
@@ -147,6 +154,8 @@ class Engine:
                 self._model_desk.load(client, question)
             case Unload():
                 self._model_desk.unload(client, question)
+            case _:
+                self._sessions.answer(client, question)
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -231,11 +240,16 @@ class Engine:
 
     def _take_wakeups(self) -> None:
         for fd, _ in self._watch.poll(0):
-            if fd in (self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd):
+            if fd in self._wake_fds():
                 os.eventfd_read(fd)
             else:
                 self._workers_failed(WorkerLostError(self.cluster.supervisor.ended(fd)))
                 return  # the other descriptors have been replaced
+
+    def _wake_fds(self) -> list[int]:
+        """Of other threads; the rest of what is watched is the workers'."""
+        fds = [self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd]
+        return fds if self._sessions.wake_fd is None else [*fds, self._sessions.wake_fd]
 
     def _any_scheduler(self) -> bool:
         return any(model.scheduler is not None for model in self.models.values())

@@ -147,7 +147,8 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
 def encode(request: Generate | Tokenize, model: ServedModel) -> list[int]:
     """The prompt's tokens. Raises ContextLengthError, InvalidRequestError."""
     if request.messages is not None:
-        return model.text.encode_chat(request.messages)
+        goes_on = isinstance(request, Generate) and request.continue_last
+        return model.text.encode_chat(request.messages, continue_last=goes_on)
     return model.text.encode_story(request.prompt or "")
 
 

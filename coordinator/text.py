@@ -68,12 +68,16 @@ class TextModel:
             raise InvalidRequestError("prompt is empty, and this model has no begin-of-text token")
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
+
+        continue_last: the last message is the beginning of that answer.
 
         Raises InvalidRequestError with the template's own words when it refuses the messages.
         """
-        plain = [{"role": m.role, "content": m.content} for m in messages]
+        begun = messages[-1].content if continue_last else ""
+        before = messages[:-1] if continue_last else messages
+        plain = [{"role": m.role, "content": m.content} for m in before]
         try:
             text = self._template.render(
                 messages=plain, add_generation_prompt=True, **self._special
@@ -82,6 +86,7 @@ class TextModel:
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {error}"
             ) from None
+        text += begun
         self._check_length(text)
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not ids:

@@ -111,6 +111,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     run_dir: Annotated[
         str, Meta(description="folder for sockets, made with mode 0700; empty: a temporary one")
     ] = ""
+    database: Annotated[
+        str,
+        Meta(
+            description="where sessions are kept: sqlite:///FILE or postgresql+psycopg://URL; auto: "
+            "tpserve.db in the user's data folder; none: no sessions"
+        ),
+    ] = "auto"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="how much to log")
     ] = "info"
@@ -140,6 +147,8 @@ class Sourced(Struct, frozen=True):
             value = getattr(self.settings, name)
             if isinstance(value, dict):
                 value = ", ".join(f"{k}={v}" for k, v in value.items())
+            if name == "database":
+                value = without_password(value)
             lines.append(f"{name:20} {value!s:40} {source}")
         return "\n".join(lines)
 
@@ -150,6 +159,11 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ConfigError(f"{text!r} is not a size: write for example 512M or 2G")
     return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+
+
+def without_password(url: str) -> str:
+    """A database's URL as people may see it."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def argument_parser(
@@ -283,6 +297,7 @@ def _check(settings: Settings) -> None:
     _check_address(settings.listen)
     if settings.http:
         parse_http_address(settings.http)
+    _check_database(settings.database)
 
 
 def _check_address(address: str) -> None:
@@ -298,3 +313,12 @@ def _check_address(address: str) -> None:
             f"listen is {address!r}: only loopback addresses are allowed, because clients are not "
             "authenticated yet; use an SSH tunnel to reach the server from another machine"
         )
+
+
+def _check_database(url: str) -> None:
+    if url in ("auto", "none") or re.fullmatch(r"sqlite:///.+|postgresql\+psycopg://.+", url):
+        return
+    raise ConfigError(
+        f"database is {without_password(url)!r}: write sqlite:///FILE, "
+        "postgresql+psycopg://USER@HOST/NAME, auto, or none"
+    )

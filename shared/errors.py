@@ -112,6 +112,34 @@ class CommError(TpserveError):
         self.rank = rank
 
 
+class DatabaseError(TpserveError):
+    """The database of the sessions cannot do what was asked; nothing of it was stored."""
+
+    code = "database_error"
+    http_status = 503
+
+
+class SessionsOffError(TpserveError):
+    """The server was started without a database."""
+
+    code = "sessions_off"
+    http_status = 501
+
+
+class SessionNotFoundError(TpserveError):
+    """A request names a session, or a message of one, that is not there."""
+
+    code = "session_not_found"
+    http_status = 404
+
+
+class SessionBusyError(TpserveError):
+    """An answer is being written in the session."""
+
+    code = "session_busy"
+    http_status = 409
+
+
 class ConnectionLostError(TpserveError):
     """A client cannot reach the server, or the server stopped answering."""
 

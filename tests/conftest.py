@@ -1,6 +1,7 @@
 """What several test packages need: the reference material beside the project, if it is there."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ REFERENCE = PROJECT.parent / "shared"
 def pytest_configure() -> None:
     """Who is started in the background ignores Ctrl-C, and would have all that it starts ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["TPSERVE_DATABASE"] = "none"  # the user's own sessions are no place for tests
 
 
 @pytest.fixture(scope="session")

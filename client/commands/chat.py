@@ -4,20 +4,35 @@ import argparse
 import sys
 
 from client.commands.common import connect, sampling_options
+from client.kept_chat import KeptConversation, last_chat
 from client.render import note, one_line
 from client.repl import Conversation, piped_lines, typed_lines
-from shared.errors import TpserveError
+from client.zmq_client import Client
+from shared.errors import InvalidRequestError, TpserveError
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input or /exit ends it."""
     with connect(args) as client:
-        conversation = Conversation(client, args.model, args.system, sampling_options(args))
+        conversation = _conversation(client, args)
         if sys.stdin.isatty() and sys.stdout.isatty():
             _talk(conversation)
         else:
             _answer_lines(conversation)
     return 0
+
+
+def _conversation(client: Client, args: argparse.Namespace) -> Conversation:
+    options = sampling_options(args)
+    if args.session is None and not args.last:
+        return Conversation(client, args.model, args.system, options)
+    if args.model is not None or args.system is not None:
+        raise InvalidRequestError(
+            "a conversation of the server has its own model and system prompt: leave out --model "
+            "and --system"
+        )
+    session = last_chat(client) if args.session is None else args.session
+    return KeptConversation(client, session, options)
 
 
 def _talk(conversation: Conversation) -> None:

@@ -59,7 +59,8 @@ def rows(text: str) -> dict[str, str]:
 def fields(message: type[Struct]) -> dict[str, Field]:
     info = type_info(message)
     assert isinstance(info, StructType)
-    return {field.name: field for field in info.fields if field.name not in ENVELOPE}
+    envelope = ENVELOPE if info.tag is not None else ()  # objects within a message have none
+    return {field.name: field for field in info.fields if field.name not in envelope}
 
 
 def test_the_sections_are_the_messages() -> None:

@@ -24,8 +24,10 @@ class Server:
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         listen = () if "--listen" in arguments else ("--listen", "tcp://127.0.0.1:*")
         http = () if "--http" in arguments else ("--no-http",)
+        # Tests leave the user's own sessions alone.
+        database = () if "--database" in arguments else ("--database", "none")
         self.process = subprocess.Popen(
-            [TPSERVE, "serve", *listen, *http, *arguments],
+            [TPSERVE, "serve", *listen, *http, *database, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

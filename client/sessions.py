@@ -1,0 +1,318 @@
+"""Conversations and stories that the server keeps: the part of both clients that is about them."""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar, Unpack
+
+from client.connection import AsyncConnection, Connection
+from client.requests import SamplingOptions, new_id
+from client.streams import AsyncStream, Stream
+from shared.messages import (
+    ContinueTurn,
+    CreateSession,
+    DeleteSession,
+    EditTurn,
+    Event,
+    ExportSession,
+    GetSession,
+    ImportSession,
+    Kind,
+    ListSessions,
+    Redo,
+    Regenerate,
+    RenameSession,
+    Request,
+    Rollback,
+    SamplingParams,
+    SearchSessions,
+    SelectBranch,
+    SendTurn,
+    SessionExport,
+    SessionExported,
+    SessionGone,
+    SessionHit,
+    SessionHits,
+    SessionState,
+    Undo,
+)
+from shared.messages import Sessions as Page
+
+E = TypeVar("E", bound=Event)
+
+
+class Ask(Protocol):
+    """Of the client that waits."""
+
+    def __call__(self, request: Request, answer: type[E]) -> E:
+        """Send a request and wait for its one answer."""
+
+
+class AsyncAsk(Protocol):
+    """Of the one in an event loop."""
+
+    def __call__(self, request: Request, answer: type[E]) -> Awaitable[E]:
+        """Send a request and wait for its one answer."""
+
+
+def _params(options: SamplingOptions) -> SamplingParams | None:
+    """None: the session's own."""
+    return SamplingParams(**options) if options else None
+
+
+def _create(
+    kind: Kind, title: str, model: str | None, system: str | None, options: SamplingOptions
+) -> CreateSession:
+    params = SamplingParams(**options)
+    return CreateSession(
+        id=new_id(), kind=kind, title=title, model=model, system=system, params=params
+    )
+
+
+class Sessions:
+    """`Client.sessions`: conversations and stories that the server keeps.
+
+    Every method may raise what `Client` raises, SessionNotFoundError, SessionBusyError,
+    DatabaseError, and SessionsOffError when the server keeps none.
+    """
+
+    def __init__(self, ask: Ask, connection: Callable[[], Connection]) -> None:
+        self._ask, self._connection = ask, connection
+
+    def create(
+        self,
+        kind: Kind = "chat",
+        *,
+        title: str = "",
+        model: str | None = None,
+        system: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> SessionState:
+        """Start a session; `options` are those of its turns that bring none of their own."""
+        return self._ask(_create(kind, title, model, system, options), SessionState)
+
+    def page(self, limit: int = 50, cursor: str | None = None) -> Page:
+        """The sessions changed last, or those after the page that came with `cursor`."""
+        return self._ask(ListSessions(id=new_id(), limit=limit, cursor=cursor), Page)
+
+    def get(self, session: int) -> SessionState:
+        """A session and its selected path."""
+        return self._ask(GetSession(id=new_id(), session=session), SessionState)
+
+    def rename(self, session: int, title: str) -> SessionState:
+        """Give it another title."""
+        return self._ask(RenameSession(id=new_id(), session=session, title=title), SessionState)
+
+    def delete(self, session: int) -> None:
+        """Delete it with all messages."""
+        self._ask(DeleteSession(id=new_id(), session=session), SessionGone)
+
+    def search(self, text: str, limit: int = 50) -> list[SessionHit]:
+        """Where all words of `text` occur together, in messages and titles, the newest first."""
+        return self._ask(SearchSessions(id=new_id(), text=text, limit=limit), SessionHits).hits
+
+    def export(self, session: int) -> SessionExport:
+        """All of a session."""
+        return self._ask(ExportSession(id=new_id(), session=session), SessionExported).data
+
+    def import_(self, data: SessionExport) -> SessionState:
+        """Make a session of an exported one."""
+        return self._ask(ImportSession(id=new_id(), data=data), SessionState)
+
+    def rollback(self, session: int, message: int | None) -> SessionState:
+        """Go back to a message, None: to before the first one. Nothing is deleted."""
+        return self._ask(Rollback(id=new_id(), session=session, message=message), SessionState)
+
+    def branch(self, session: int, message: int) -> SessionState:
+        """Select a message, for instance another sibling, and what was selected last after it."""
+        return self._ask(SelectBranch(id=new_id(), session=session, message=message), SessionState)
+
+    def undo(self, session: int) -> SessionState:
+        """Select the path that was selected before."""
+        return self._ask(Undo(id=new_id(), session=session), SessionState)
+
+    def redo(self, session: int) -> SessionState:
+        """Take an undo back."""
+        return self._ask(Redo(id=new_id(), session=session), SessionState)
+
+    def send(
+        self,
+        session: int,
+        text: str = "",
+        *,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Say something and have it answered; in a story, write a piece and have it continued."""
+        request = SendTurn(
+            id=new_id(), session=session, text=text, stream=stream, params=_params(options)
+        )
+        return Stream(self._connection(), request)
+
+    def regenerate(
+        self,
+        session: int,
+        message: int | None = None,
+        *,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Another answer beside `message`, or after it if it is the user's. None: the last one."""
+        request = Regenerate(
+            id=new_id(), session=session, message=message, stream=stream, params=_params(options)
+        )
+        return Stream(self._connection(), request)
+
+    def edit(
+        self,
+        session: int,
+        message: int,
+        text: str,
+        *,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Put `text` beside one of the user's messages and have it answered."""
+        request = EditTurn(
+            id=new_id(),
+            session=session,
+            message=message,
+            text=text,
+            stream=stream,
+            params=_params(options),
+        )
+        return Stream(self._connection(), request)
+
+    def go_on(
+        self, session: int, *, stream: bool = True, **options: Unpack[SamplingOptions]
+    ) -> Stream:
+        """Write on at the last answer, which was cut short; the stream has only what is new."""
+        request = ContinueTurn(id=new_id(), session=session, stream=stream, params=_params(options))
+        return Stream(self._connection(), request)
+
+
+class AsyncSessions:
+    """`Sessions` for an event loop; turns are called without await, they do not wait.
+
+    Raises what `Sessions` raises.
+    """
+
+    def __init__(self, ask: AsyncAsk, connection: Callable[[], AsyncConnection]) -> None:
+        self._ask, self._connection = ask, connection
+
+    async def create(
+        self,
+        kind: Kind = "chat",
+        *,
+        title: str = "",
+        model: str | None = None,
+        system: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> SessionState:
+        """Start a session; `options` are those of its turns that bring none of their own."""
+        return await self._ask(_create(kind, title, model, system, options), SessionState)
+
+    async def page(self, limit: int = 50, cursor: str | None = None) -> Page:
+        """The sessions changed last, or those after the page that came with `cursor`."""
+        return await self._ask(ListSessions(id=new_id(), limit=limit, cursor=cursor), Page)
+
+    async def get(self, session: int) -> SessionState:
+        """A session and its selected path."""
+        return await self._ask(GetSession(id=new_id(), session=session), SessionState)
+
+    async def rename(self, session: int, title: str) -> SessionState:
+        """Give it another title."""
+        return await self._ask(
+            RenameSession(id=new_id(), session=session, title=title), SessionState
+        )
+
+    async def delete(self, session: int) -> None:
+        """Delete it with all messages."""
+        await self._ask(DeleteSession(id=new_id(), session=session), SessionGone)
+
+    async def search(self, text: str, limit: int = 50) -> list[SessionHit]:
+        """Where all words of `text` occur together, in messages and titles, the newest first."""
+        return (
+            await self._ask(SearchSessions(id=new_id(), text=text, limit=limit), SessionHits)
+        ).hits
+
+    async def export(self, session: int) -> SessionExport:
+        """All of a session."""
+        return (await self._ask(ExportSession(id=new_id(), session=session), SessionExported)).data
+
+    async def import_(self, data: SessionExport) -> SessionState:
+        """Make a session of an exported one."""
+        return await self._ask(ImportSession(id=new_id(), data=data), SessionState)
+
+    async def rollback(self, session: int, message: int | None) -> SessionState:
+        """Go back to a message, None: to before the first one. Nothing is deleted."""
+        return await self._ask(
+            Rollback(id=new_id(), session=session, message=message), SessionState
+        )
+
+    async def branch(self, session: int, message: int) -> SessionState:
+        """Select a message, for instance another sibling, and what was selected last after it."""
+        return await self._ask(
+            SelectBranch(id=new_id(), session=session, message=message), SessionState
+        )
+
+    async def undo(self, session: int) -> SessionState:
+        """Select the path that was selected before."""
+        return await self._ask(Undo(id=new_id(), session=session), SessionState)
+
+    async def redo(self, session: int) -> SessionState:
+        """Take an undo back."""
+        return await self._ask(Redo(id=new_id(), session=session), SessionState)
+
+    def send(
+        self,
+        session: int,
+        text: str = "",
+        *,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Say something and have it answered; in a story, write a piece and have it continued."""
+        request = SendTurn(
+            id=new_id(), session=session, text=text, stream=stream, params=_params(options)
+        )
+        return AsyncStream(self._connection(), request)
+
+    def regenerate(
+        self,
+        session: int,
+        message: int | None = None,
+        *,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Another answer beside `message`, or after it if it is the user's. None: the last one."""
+        request = Regenerate(
+            id=new_id(), session=session, message=message, stream=stream, params=_params(options)
+        )
+        return AsyncStream(self._connection(), request)
+
+    def edit(
+        self,
+        session: int,
+        message: int,
+        text: str,
+        *,
+        stream: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Put `text` beside one of the user's messages and have it answered."""
+        request = EditTurn(
+            id=new_id(),
+            session=session,
+            message=message,
+            text=text,
+            stream=stream,
+            params=_params(options),
+        )
+        return AsyncStream(self._connection(), request)
+
+    def go_on(
+        self, session: int, *, stream: bool = True, **options: Unpack[SamplingOptions]
+    ) -> AsyncStream:
+        """Write on at the last answer, which was cut short; the stream has only what is new."""
+        request = ContinueTurn(id=new_id(), session=session, stream=stream, params=_params(options))
+        return AsyncStream(self._connection(), request)

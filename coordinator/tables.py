@@ -1,0 +1,73 @@
+"""The tables of sessions and their messages, as the queries see them.
+
+Migrations (coordinator/migrations) make them; a test compares the two.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+
+_NUMBER = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER keys only
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", _NUMBER, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("title", Text, nullable=False),
+    Column("model", Text),
+    Column("system", Text),
+    Column("params", Text, nullable=False),  # SamplingParams as JSON
+    Column("created", Double, nullable=False),  # seconds since 1970, as all times
+    Column("updated", Double, nullable=False),
+    # Of this session's messages; no foreign keys, which would go round in a circle.
+    Column("root_id", _NUMBER),  # the selected one of those without a parent
+    Column("leaf_id", _NUMBER),  # the selected path ends here; null: it is empty
+    Column("step", Integer, nullable=False),  # where undo and redo stand in leaf_choices
+    Index("sessions_newest", "owner", "updated", "id"),
+    sqlite_autoincrement=True,
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("id", _NUMBER, primary_key=True),
+    Column("session_id", _NUMBER, ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),
+    # No cascade from parent to child: SQLite does not go deeper than 1000 with it.
+    Column("parent_id", _NUMBER, ForeignKey("messages.id")),
+    Column("depth", Integer, nullable=False),  # messages before it on its path
+    Column("ordinal", Integer, nullable=False),  # among its siblings, from 1
+    Column("selected_id", _NUMBER),  # which of its children was selected last
+    Column("role", Text, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("timings", Text),  # Timings as JSON
+    Column("model", Text),
+    Column("finish_reason", Text),
+    Column("partial", Boolean, nullable=False),
+    Column("created", Double, nullable=False),
+    Index("messages_siblings", "session_id", "parent_id", "ordinal"),
+    Index("messages_children", "parent_id"),
+    sqlite_autoincrement=True,
+)
+
+leaf_choices = Table(
+    "leaf_choices",
+    metadata,
+    Column("session_id", _NUMBER, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("leaf_id", _NUMBER),
+)
