@@ -22,6 +22,8 @@ from coordinator.supervisor import WORKER_COMMAND
 from shared.config import Settings, argument_parser, load_settings
 from shared.errors import ConfigError, MemoryPlanError, ModelError, TpserveError
 
+log = logging.getLogger("coordinator")
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 _USERS_ERRORS = ConfigError | ModelError | MemoryPlanError
@@ -76,12 +78,25 @@ def serve(
             gateway = GatewayProcess(listener, frontend.address, settings).start()
             cleanup.callback(gateway.stop)
             url = gateway.url
-        store = None if settings.database == "none" else Store(settings.database)
-        engine = Engine(settings, models, frontend, cluster, store, url)
+        engine = Engine(settings, models, frontend, cluster, _open_store(settings), url)
         cleanup.callback(engine.close, "the server is stopping")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: engine.stop())
         engine.run()
+
+
+def _open_store(settings: Settings) -> Store | None:
+    """The sessions' database; None: there is none. Raises ConfigError when the one asked for fails."""
+    if settings.database == "none":
+        return None
+    try:
+        return Store(settings.database)
+    except ConfigError as error:
+        if settings.database != "auto":
+            raise
+        # Nobody asked for it: stories and chats do not need it.
+        log.warning("no sessions are kept: %s", error.message)
+        return None
 
 
 if __name__ == "__main__":

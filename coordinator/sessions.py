@@ -89,7 +89,8 @@ class SessionDesk:
         """
         if self._store is None:
             raise SessionsOffError(
-                "this server keeps no sessions: it was started with --database none"
+                "this server keeps no sessions: it was started with --database none, or its database "
+                "could not be opened (see its log)"
             )
         self._store.refuse_if_full()
         match request:

@@ -392,3 +392,16 @@ def test_the_commands_list_show_search_rename_copy_and_delete(
         done = run_tpserve([*arguments, "--server", server.address])
         assert done.returncode == 1
         assert said in done.stderr
+
+
+def test_a_data_folder_that_cannot_be_used_costs_the_sessions_only(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with Server(
+        *("--model", CHAT, "--database", "auto"), env={"XDG_DATA_HOME": str(blocked)}
+    ) as server:
+        with Client(server.wait_ready()) as client:
+            assert client.story("Hello", max_tokens=2).result().token_ids
+            with pytest.raises(SessionsOffError, match="could not be opened"):
+                client.sessions.create("chat")
+        assert wait_until(lambda: any("no sessions are kept" in line for line in server.log), 5)
