@@ -6,7 +6,6 @@ them (worker/native/tensors.h): blocks of 16 rows, columns in groups of 32; torc
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -39,6 +38,7 @@ _GROUP_BYTES: dict[Precision, int] = {
 _KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 _KV_SCALE_BYTES = {"int8": 4}
 _CONTEXTS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
+"""That may be advised; the longest that fits is."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,9 @@ def _gigabytes(of_models: Iterable[Sequence[int]]) -> str:
 def _advice(plans: Sequence[MemoryPlan], free: int, starting: bool) -> str:
     """Single settings with which it would fit."""
     fitting = []
-    precisions = list(_GROUP_BYTES)
-    for precision in precisions:
-        smaller = [p for p in plans if _weight_size(p.on_workers.dtype) > _weight_size(precision)]
-        if len(smaller) == len(plans) and _would_fit(plans, free, starting, dtype=precision):
+    for precision, size in _GROUP_BYTES.items():
+        smaller = all(_GROUP_BYTES[plan.on_workers.dtype] > size for plan in plans)
+        if smaller and _would_fit(plans, free, starting, dtype=precision):
             fitting.append(f"--dtype {precision}")
             break
     longest = max(plan.on_workers.max_model_len for plan in plans)
@@ -136,8 +135,7 @@ def _advice(plans: Sequence[MemoryPlan], free: int, starting: bool) -> str:
         fitting.append("less --kv-memory")
     if fitting:
         return "try " + " or ".join(fitting)
-    smallest = _would_fit(plans, free, starting, dtype="int4", max_model_len=_CONTEXTS[-1])
-    if smallest:
+    if _would_fit(plans, free, starting, dtype="int4", max_model_len=_CONTEXTS[-1]):
         return f"try --dtype int4 with --max-model-len {_CONTEXTS[-1]}"
     return "no precision makes it fit: free memory, or take a smaller model"
 
@@ -160,10 +158,6 @@ def _would_fit(
         )
         changed.append(plan_memory(plan.config, on_workers, settings))
     return sum(_needs(changed, starting)) <= free
-
-
-def _weight_size(dtype: Precision) -> int:
-    return _GROUP_BYTES[dtype]
 
 
 # --- one rank -------------------------------------------------------------------------------------
@@ -214,6 +208,3 @@ def _work(shards: ModelShards, owned: range, positions: int, settings: Settings)
 
 def _filled(count: int, unit: int) -> int:
     return -(-count // unit) * unit
-
-
-assert all(a > b for a, b in pairwise(_CONTEXTS)), "the longest context that fits is advised"

@@ -33,6 +33,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from shared.errors import ModelError
 from shared.hub import HubModel, Report
 from shared.hub_progress import Progress, readable_bytes
+from shared.model_config import INDEX_FILE, SINGLE_FILE
 
 TEXT_FILES = {
     "config.json",
@@ -44,8 +45,6 @@ TEXT_FILES = {
     "added_tokens.json",
     "chat_template.jinja",
 }
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _POLL_S = 0.25
 _TIMEOUT_S = 10.0

@@ -22,6 +22,10 @@ DTYPES: dict[str, Dtype] = {
     "fp16": "fp16",
 }
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Of the weights: one file, or the list of several."""
+
 T = TypeVar("T")
 
 Size = Annotated[int, Meta(ge=1, le=1 << 24)]

@@ -15,9 +15,8 @@ from msgspec import Meta, Struct
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import ModelError
+from shared.model_config import INDEX_FILE, SINGLE_FILE
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
 
 
