@@ -15,11 +15,10 @@ from shared.messages import (
     Load,
     Message,
     Precision,
-    Request,
     SamplingParams,
     Tokenize,
-    encode,
 )
+from shared.protocol import Request, encode_request
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -111,14 +110,14 @@ def load_request(
     return Load(id=request_id or new_id(), name=name, path=where, **options)
 
 
-def encode_request(request: Request) -> bytes:
+def frame_of(request: Request) -> bytes:
     """The request's frame. Raises InvalidRequestError for what no frame can carry.
 
     Limits of single fields are the server's to check; but it closes the connection on a frame that
     is too long, so that one is refused here.
     """
     try:
-        frame = encode(request)
+        frame = encode_request(request)
     except UnicodeEncodeError as error:
         raise InvalidRequestError(f"the text is not valid Unicode: {error}") from None
     except OverflowError as error:

@@ -8,22 +8,15 @@ from typing import Self
 from client.connection import AsyncConnection, Connection
 from client.errors import JobCancelledError, expect
 from client.exchange import Exchange
-from shared.messages import (
-    Cancelled,
-    Done,
-    Event,
-    Failed,
-    Generate,
-    Token,
-    TurnRequest,
-    TurnStored,
-)
+from shared.messages import Cancelled, Done, Failed, Token
+from shared.protocol import Event, JobRequest
+from shared.session_messages import TurnStored
 
 
 class _Answer:
     """One job as far as its events have been read. Sends, but never waits."""
 
-    def __init__(self, exchange: Exchange, request: Generate | TurnRequest) -> None:
+    def __init__(self, exchange: Exchange, request: JobRequest) -> None:
         self._exchange = exchange
         self._closed = False
         self.id = request.id
@@ -93,7 +86,7 @@ class Stream(_Answer):
     the iteration.
     """
 
-    def __init__(self, connection: Connection, request: Generate | TurnRequest) -> None:
+    def __init__(self, connection: Connection, request: JobRequest) -> None:
         self._connection = connection
         super().__init__(connection.exchange, request)
 
@@ -138,7 +131,7 @@ class Stream(_Answer):
 class AsyncStream(_Answer):
     """`Stream` for `async for`, in the event loop that its client was used in first."""
 
-    def __init__(self, connection: AsyncConnection, request: Generate | TurnRequest) -> None:
+    def __init__(self, connection: AsyncConnection, request: JobRequest) -> None:
         self._connection = connection
         super().__init__(connection.exchange, request)
 

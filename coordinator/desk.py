@@ -28,7 +28,6 @@ from shared.messages import (
     Cancel,
     Cancelled,
     Detokenize,
-    Event,
     Generate,
     GetHealth,
     GetStatus,
@@ -37,13 +36,14 @@ from shared.messages import (
     Models,
     Progress,
     Queued,
-    SessionRequest,
     Started,
     Token,
     Tokenize,
-    TokenLogprobs,
     Unload,
 )
+from shared.protocol import Event
+from shared.session_messages import SessionRequest
+from shared.worker_messages import TokenLogprobs
 
 log = logging.getLogger("coordinator.desk")
 

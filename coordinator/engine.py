@@ -26,7 +26,8 @@ from coordinator.sessions import SessionDesk
 from coordinator.store import Store
 from shared.config import Settings
 from shared.errors import NotReadyError, TpserveError, WorkerLostError
-from shared.messages import GetHealth, GetStatus, Health, Load, StepPlan, StepResult, Unload
+from shared.messages import GetHealth, GetStatus, Health, Load, Unload
+from shared.worker_messages import StepPlan, StepResult
 
 log = logging.getLogger("coordinator.engine")
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from coordinator.kv_blocks import chain_digest
 from coordinator.text import Detokenizer, StopStrings
-from shared.messages import BLOCK_TOKENS, Choice, FinishReason, History, Sampling, TokenLogprob
+from shared.messages import BLOCK_TOKENS, Choice, FinishReason, TokenLogprob
+from shared.worker_messages import History, Sampling
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ import re
 from sqlalchemy import text
 
 from coordinator.session_tree import Shelf
-from shared.messages import SearchSessions, SessionHit, SessionHits
+from shared.session_messages import SearchSessions, SessionHit, SessionHits
 
 _TEXT_CHARACTERS = 160
 

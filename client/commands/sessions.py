@@ -12,7 +12,7 @@ from client.render import write
 from client.tables import write_table
 from client.zmq_client import Client
 from shared.errors import InvalidRequestError
-from shared.messages import SessionExport, SessionInfo, SessionState
+from shared.session_messages import SessionExport, SessionInfo, SessionState
 
 _PAGE = 1000
 

@@ -14,22 +14,19 @@ from coordinator.session_search import search
 from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Database
 from shared.errors import InvalidRequestError, SessionNotFoundError
-from shared.messages import (
-    BadRequestError,
+from shared.messages import FinishReason, SamplingParams, Timings
+from shared.protocol import BadRequestError, decode_request
+from shared.session_messages import (
     ContinueTurn,
     CreateSession,
     EditTurn,
-    FinishReason,
     Regenerate,
-    SamplingParams,
     SearchSessions,
     SendTurn,
     SessionExport,
     SessionHit,
     SessionState,
-    Timings,
     TurnRequest,
-    decode_request,
 )
 
 T = TypeVar("T")

@@ -22,9 +22,8 @@ from shared.messages import (
     Progress,
     SamplingParams,
     Token,
-    decode_events,
-    encode,
 )
+from shared.protocol import decode_events, encode_request
 from tests.e2e.server import Server, run_tpserve, wait_until
 
 LONG = SamplingParams(temperature=1, max_tokens=480, ignore_eos=True)
@@ -48,7 +47,7 @@ def long_job(number: int, stream: bool = True) -> bytes:
     request = Generate(
         id=str(number), kind="story", prompt="The", model="slow", params=LONG, stream=stream
     )
-    return encode(request)
+    return encode_request(request)
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +295,9 @@ def test_an_id_may_be_used_again_after_its_job_was_cancelled(address: str) -> No
         expected = client.story("A big dog", temperature=0, max_tokens=3).result().token_ids
     socket = raw_socket(address)
     greedy = SamplingParams(temperature=0, max_tokens=3)
-    socket.send(encode(Generate(id="a", kind="story", prompt="old " * 100, params=greedy)))
-    socket.send(encode(Cancel(id="c", job="a")))
-    socket.send(encode(Generate(id="a", kind="story", prompt="A big dog", params=greedy)))
+    socket.send(encode_request(Generate(id="a", kind="story", prompt="old " * 100, params=greedy)))
+    socket.send(encode_request(Cancel(id="c", job="a")))
+    socket.send(encode_request(Generate(id="a", kind="story", prompt="A big dog", params=greedy)))
     done = None
     while done is None:
         assert socket.poll(10_000)

@@ -19,20 +19,15 @@ from shared.errors import (
     SessionsOffError,
     WorkerLostError,
 )
-from shared.messages import (
-    Cancel,
-    Cancelled,
-    Done,
-    Event,
-    Queued,
-    SamplingParams,
+from shared.messages import Cancel, Cancelled, Done, Queued, SamplingParams, Started, Token
+from shared.protocol import Event, decode_events, encode_request
+from shared.session_messages import (
+    CreateSession,
+    ListSessions,
     SendTurn,
+    Sessions,
     SessionState,
-    Started,
-    Token,
     TurnStored,
-    decode_events,
-    encode,
 )
 from tests.e2e.server import Server, run_tpserve, wait_until
 from tests.e2e.test_server import raw_socket
@@ -74,6 +69,23 @@ def say(client: Client, session: int, text: str) -> list[int]:
 
 def path(client: Client, session: int) -> list[str]:
     return [message.content for message in client.sessions.get(session).messages]
+
+
+def test_what_one_user_keeps_is_not_found_by_others(client: Client) -> None:
+    session = greedy(client)
+    request = CreateSession(id="mine", kind="chat", user="ada")
+    hers = client.ask(request, SessionState).session.id
+
+    assert [s.id for s in client.sessions.page().sessions].count(hers) == 0
+    listed = client.ask(ListSessions(id="list", user="ada"), Sessions).sessions
+    assert [s.id for s in listed] == [hers]
+    with pytest.raises(SessionNotFoundError):
+        client.sessions.rename(hers, "mine now")
+    with pytest.raises(SessionNotFoundError):
+        client.sessions.send(hers, "Hello!").result()
+    with pytest.raises(SessionNotFoundError):
+        client.start(SendTurn(id="hers", session=session, text="Hello!", user="ada")).result()
+    assert path(client, session) == []
 
 
 def test_a_conversation_is_remembered_and_can_go_another_way(client: Client) -> None:
@@ -191,7 +203,7 @@ def test_a_client_that_goes_away_leaves_its_partial_answer(client: Client, serve
     socket = raw_socket(server.address)
     params = SamplingParams(temperature=1, seed=1, max_tokens=900, ignore_eos=True)
     turn = SendTurn(id="t", session=session, text="Hello!", params=params)
-    socket.send(encode(turn))
+    socket.send(encode_request(turn))
     assert wait_until(lambda: client.status().running == 1, 10)
     assert socket.poll(10_000)
     assert wait_until(lambda: client.status().totals.tokens_generated > 5, 10)
@@ -332,8 +344,8 @@ def test_a_turn_that_is_cancelled_at_once_keeps_what_was_said(
 ) -> None:
     session = greedy(client)
     socket = raw_socket(server.address)
-    socket.send(encode(SendTurn(id="t", session=session, text="Hello!")))
-    socket.send(encode(Cancel(id="c", job="t")))
+    socket.send(encode_request(SendTurn(id="t", session=session, text="Hello!")))
+    socket.send(encode_request(Cancel(id="c", job="t")))
     events: list[Event] = []
     while len(events) < 3:
         assert socket.poll(10_000), events
@@ -354,7 +366,7 @@ def test_an_id_that_is_in_use_is_refused(server: Server, client: Client) -> None
     session, other = greedy(client), greedy(client)
     socket = raw_socket(server.address)
     for chosen in (session, other):
-        socket.send(encode(SendTurn(id="same", session=chosen, text="Hello!")))
+        socket.send(encode_request(SendTurn(id="same", session=chosen, text="Hello!")))
     assert wait_until(lambda: len(path(client, session)) == 2, 10)
     assert path(client, other) == []
     socket.close()

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.messages import SequenceStep
+from shared.worker_messages import SequenceStep
 from tests.worker.native_ranks import (
     BLOCKS_PER_TEXT,
     GREEDY,
