@@ -1,4 +1,4 @@
-"""The tables of sessions and their messages, as the queries see them.
+"""The tables of sessions, their messages, and jobs, as the queries see them.
 
 Migrations (coordinator/migrations) make them; a test compares the two.
 """
@@ -14,6 +14,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 metadata = MetaData()
@@ -70,4 +71,31 @@ leaf_choices = Table(
     Column("session_id", _NUMBER, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
     Column("step", Integer, primary_key=True),
     Column("leaf_id", _NUMBER),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("number", _NUMBER, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("request", Text, nullable=False),  # what was asked for, as JSON
+    Column("seed", BigInteger, nullable=False),  # so that a second attempt gives the same
+    Column("created", Double, nullable=False),
+    Column("started", Double),
+    Column("ended", Double),
+    Column("expires", Double),
+    Column("attempts", Integer, nullable=False),
+    Column("holder", Text),  # the server that runs it
+    Column("lease", Double),  # until when others leave it alone
+    Column("result", Text),  # the last event and where tokens end, as JSON
+    UniqueConstraint("owner", "name", name="jobs_name"),
+    Index("jobs_newest", "owner", "number"),
+    Index("jobs_next", "state", "priority", "number"),
+    Index("jobs_expired", "expires"),
+    sqlite_autoincrement=True,
 )
