@@ -1,6 +1,7 @@
 """Submitted jobs in the database: begun by one server at a time, ended once, kept for a while."""
 
 import os
+from typing import Any
 
 import msgspec
 import psutil
@@ -12,7 +13,7 @@ from coordinator.job_table import MAX_ATTEMPTS, Result
 from coordinator.store import Database
 from coordinator.tables import jobs
 from shared.errors import InvalidRequestError, JobExistsError, JobNotFoundError
-from shared.job_messages import ListJobs, SubmitJob
+from shared.job_messages import ListJobs, StoredJobs, SubmitJob
 from shared.messages import Cancelled, Failed, Message, SamplingParams
 
 ME = job_table.this_server()
@@ -25,6 +26,19 @@ def story(name: str | None = None, prompt: str = "Once", **fields: object) -> Su
 
 def add(connection: Connection, request: SubmitJob, model: str = "story") -> int:
     return int(job_table.add(connection, request, model).number)
+
+
+def put(database: Database, name: str, model: str = "story", **fields: object) -> int:
+    request = story(name, **fields)  # type: ignore[arg-type]
+    return database.call(lambda c: add(c, request, model))
+
+
+def settle(database: Database, number: int, result: Result, keep_s: int = KEEP_S) -> Any:
+    return database.call(lambda c: job_table.settle(c, number, ME, result, keep_s))
+
+
+def pages(database: Database, request: ListJobs) -> StoredJobs:
+    return database.call(lambda c: job_table.page(c, request))
 
 
 def begin(database: Database, limit: int = 100, holder: str = ME) -> list[str]:
@@ -69,7 +83,7 @@ def test_what_runs_is_what_was_asked_for_with_a_seed_that_stays(database: Databa
 
 def test_jobs_begin_by_priority_then_in_order_and_each_once(database: Database) -> None:
     for name, priority in (("a", 0), ("b", 5), ("c", -5), ("d", 0)):
-        database.call(lambda c, n=name, p=priority: add(c, story(n, priority=p)))
+        put(database, name, priority=priority)
     database.call(lambda c: add(c, story("e"), "another"))
     last = database.call(lambda c: job_table.find(c, "local", "b"))
     assert database.call(lambda c: job_table.standing_before(c, last)) == 4
@@ -140,7 +154,7 @@ def test_only_a_waiting_job_is_cancelled_here_and_only_an_ended_one_removed(
     database: Database,
 ) -> None:
     for name in "ab":
-        database.call(lambda c, n=name: add(c, story(n)))
+        put(database, name)
     begin(database, 1)
 
     def cancel(connection: Connection, name: str) -> str:
@@ -160,10 +174,9 @@ def test_only_a_waiting_job_is_cancelled_here_and_only_an_ended_one_removed(
 
 def test_jobs_are_forgotten_when_their_time_is_over(database: Database) -> None:
     for name, keep_s in (("short", 0), ("long", 1000)):
-        number = database.call(lambda c, n=name: add(c, story(n)))
+        number = put(database, name)
         begin(database)
-        result = Result(Cancelled(id=name))
-        database.call(lambda c, n=number, k=keep_s, r=result: job_table.settle(c, n, ME, r, k))
+        settle(database, number, Result(Cancelled(id=name)), keep_s)
     assert database.call(job_table.forget_expired) == 1
     page = database.call(lambda c: job_table.page(c, ListJobs(id="l")))
     assert [job.job for job in page.jobs] == ["long"]
@@ -171,14 +184,13 @@ def test_jobs_are_forgotten_when_their_time_is_over(database: Database) -> None:
 
 def test_pages_go_through_all_jobs_of_one_user_newest_first(database: Database) -> None:
     for index in range(7):
-        database.call(lambda c, i=index: add(c, story(f"j{i}")))
-        database.call(lambda c, i=index: add(c, story(f"j{i}", user="ada")))
+        put(database, f"j{index}")
+        put(database, f"j{index}", user="ada")
     begin(database, 2)
     seen: list[str] = []
     cursor: str | None = None
     while True:
-        request = ListJobs(id="l", limit=3, cursor=cursor)
-        page = database.call(lambda c, r=request: job_table.page(c, r))
+        page = pages(database, ListJobs(id="l", limit=3, cursor=cursor))
         seen += [job.job for job in page.jobs]
         if (cursor := page.cursor) is None:
             break
