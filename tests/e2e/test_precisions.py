@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from client.zmq_client import Client
+from shared.messages import Precision
 from tests.e2e.server import Server
 from worker.native.api import native_library
 
 PROMPTS = ["Once upon a time", "Lily wanted a red ball", "The little fox", "One day, Tom"]
-DTYPES = ("int8", "int4", "bf16")
+DTYPES: tuple[Precision, ...] = ("int8", "int4", "bf16")
 ARRANGEMENTS = [(1, "shm", 1), (2, "shm", 1), (3, "zmq", 1), (1, "shm", 2)]
 """Workers, their transport, threads of each."""
 FIRST: dict[str, list[list[int]]] = {}
