@@ -20,7 +20,7 @@ Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
-UserName = Annotated[str, Meta(min_length=1, max_length=64)]
+UserName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.@-]+$")]
 
 
 # --- client -> coordinator ------------------------------------------------------------------------
