@@ -8,10 +8,12 @@ import itertools
 import os
 import sys
 import time
+from contextlib import closing
 
 import zmq
 
-from coordinator.__main__ import serve
+from coordinator.server import serve
+from coordinator.supervisor import Supervisor
 from shared.config import argument_parser, load_settings
 from shared.sockets import dealer
 from shared.worker_messages import (
@@ -76,7 +78,9 @@ def main() -> None:
         settings = load_settings(
             argument_parser().parse_args(["--database", "none", *rest]), os.environ
         ).settings
-        serve(settings, (sys.executable, __file__, "work", step_ms))
+        command = (sys.executable, __file__, "work", step_ms)
+        with closing(Supervisor(settings.log_level, command, fork_server_command=None)) as workers:
+            serve(settings, workers, listener=None)
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("--rank", type=int)

@@ -7,7 +7,7 @@ messages one by one, so that it reads in order while the engine's loop goes on s
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -97,7 +97,7 @@ class Cluster:
         context: zmq.Context[zmq.SyncSocket],
         run_dir: Path,
         models: Iterable[ModelOnWorkers],
-        worker_command: Sequence[str],
+        supervisor: Supervisor,
     ) -> None:
         self._settings = settings
         self._run_dir = run_dir
@@ -108,7 +108,7 @@ class Cluster:
         """What the workers compute with, once they have said so."""
         self.owned = assign_shards(settings.workers, settings.virtual_shards)
         self.socket = worker_facing(context, self._address)
-        self.supervisor = Supervisor(settings.log_level, worker_command)
+        self.supervisor = supervisor
         self.epoch = 0
         self.compute_s = [0.0] * settings.workers
         self.comm_s = [0.0] * settings.workers

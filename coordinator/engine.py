@@ -89,11 +89,11 @@ class Engine:
 
     def run(self) -> None:
         """Serve until `stop` is called. Raises TpserveError when the workers cannot be kept up."""
-        for fd in self._wake_fds():
+        for fd in (self.cluster.supervisor.fileno(), *self._wake_fds()):
             self._watch.register(fd, select.EPOLLIN)
         for pollable in (self._frontend.socket, self.cluster.socket, self._watch.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
-        self._start_workers()
+        self.cluster.start()
         totals, clock = self.metrics.totals, time.perf_counter
         resting = clock()
         while not self._stop_requested:
@@ -241,21 +241,18 @@ class Engine:
 
     # --- workers ----------------------------------------------------------------------------------
 
-    def _start_workers(self) -> None:
-        self.cluster.start()
-        for worker in self.cluster.supervisor.workers:
-            self._watch.register(worker.pidfd, select.EPOLLIN)
-
     def _take_wakeups(self) -> None:
         for fd, _ in self._watch.poll(0):
-            if fd in self._wake_fds():
+            if fd != self.cluster.supervisor.fileno():
                 os.eventfd_read(fd)
-            else:
-                self._workers_failed(WorkerLostError(self.cluster.supervisor.ended(fd)))
-                return  # the other descriptors have been replaced
+                continue
+            try:
+                self.cluster.supervisor.notice()
+            except WorkerLostError as error:
+                self._workers_failed(error)
 
     def _wake_fds(self) -> list[int]:
-        """Of other threads; the rest of what is watched is the workers'."""
+        """Of other threads."""
         fds = [self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd]
         return fds if self._sessions.wake_fd is None else [*fds, self._sessions.wake_fd]
 
@@ -314,7 +311,7 @@ class Engine:
         if never_ready or len(self._restarts) >= MAX_RESTARTS_PER_MINUTE:
             raise error
         self._restarts.append(now)
-        self._start_workers()
+        self.cluster.start()
 
     def _give_up_steps(self, error: TpserveError) -> None:
         """No job survives, and what the workers still compute is of no interest."""

@@ -26,6 +26,7 @@ from shared.http_address import (
     listen_http,
     parse_http_address,
 )
+from shared.processes import describe_exit
 
 log = logging.getLogger("coordinator.gateway_process")
 
@@ -89,9 +90,7 @@ class GatewayProcess:
             code = self._process.wait()
             if self._stopping.is_set():
                 return
-            how = (
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-            )
+            how = describe_exit(code)
             too_often = len(starts) > MAX_RESTARTS_PER_MINUTE and starts[-1] - starts[0] < 60
             if code == _USAGE_ERROR or too_often:
                 log.error("the gateway %s: there is no HTTP API until the server is restarted", how)

@@ -25,6 +25,10 @@ SUPPORT = ("benchmarks", "models", "scripts", "tests")
 
 IMPORTS_INSIDE_FUNCTIONS = {
     (
+        "coordinator/__main__.py",
+        "coordinator.server",
+    ): "it takes a second to import, and the fork server is to begin before that",
+    (
         "shared/hub.py",
         "shared.hub_download",
     ): "huggingface_hub takes a quarter of a second to import",

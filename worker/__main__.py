@@ -1,6 +1,6 @@
 """A worker process: connect to the coordinator, load shards, run plans, report.
 
-Started by the coordinator as `python -m worker`. Needs no configuration of its own: everything but
+Forked by the fork server, or started as `python -m worker`. Needs no configuration of its own: everything but
 its rank and where to connect comes over the socket.
 """
 
@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 
 import torch
 import zmq
@@ -210,8 +211,8 @@ class Worker:
         )
 
 
-def main() -> None:
-    """Entry of the worker process."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the worker process. `arguments`: None: those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m worker")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--epoch", type=int, required=True)
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--shm-fd", type=int, help="inherited descriptor of the shared memory")
     parser.add_argument("--parent", type=int, required=True, help="the coordinator's process id")
     parser.add_argument("--log-level", default="info")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to handle
     logging.basicConfig(
