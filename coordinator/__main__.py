@@ -28,8 +28,7 @@ def main() -> int:
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
-        # It names each of its plugins while it is imported.
-        logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it names all of its plugins
         listener = listen(sourced, os.environ)
         with closing(Supervisor(settings.log_level)) as supervisor:
             # Takes a second to import, while the fork server imports torch.
