@@ -3,12 +3,15 @@
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar, Unpack
 
+from msgspec import UNSET, UnsetType
+
 from client.connection import AsyncConnection, Connection
 from client.requests import SamplingOptions, new_id
 from client.streams import AsyncStream, Stream
 from shared.messages import Kind, SamplingParams
 from shared.protocol import Event, Request
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     DeleteSession,
@@ -19,7 +22,6 @@ from shared.session_messages import (
     ListSessions,
     Redo,
     Regenerate,
-    RenameSession,
     Rollback,
     SearchSessions,
     SelectBranch,
@@ -97,7 +99,25 @@ class Sessions:
 
     def rename(self, session: int, title: str) -> SessionState:
         """Give it another title."""
-        return self._ask(RenameSession(id=new_id(), session=session, title=title), SessionState)
+        return self.configure(session, title=title)
+
+    def configure(
+        self,
+        session: int,
+        *,
+        title: str | UnsetType = UNSET,
+        model: str | UnsetType | None = UNSET,
+        system: str | UnsetType | None = UNSET,
+        params: SamplingParams | UnsetType = UNSET,
+    ) -> SessionState:
+        """Change what is set of it, from the next turn on; what is left out stays.
+
+        None: the server's choice of a model, no system prompt.
+        """
+        request = ConfigureSession(
+            id=new_id(), session=session, title=title, model=model, system=system, params=params
+        )
+        return self._ask(request, SessionState)
 
     def delete(self, session: int) -> None:
         """Delete it with all messages."""
@@ -218,9 +238,25 @@ class AsyncSessions:
 
     async def rename(self, session: int, title: str) -> SessionState:
         """Give it another title."""
-        return await self._ask(
-            RenameSession(id=new_id(), session=session, title=title), SessionState
+        return await self.configure(session, title=title)
+
+    async def configure(
+        self,
+        session: int,
+        *,
+        title: str | UnsetType = UNSET,
+        model: str | UnsetType | None = UNSET,
+        system: str | UnsetType | None = UNSET,
+        params: SamplingParams | UnsetType = UNSET,
+    ) -> SessionState:
+        """Change what is set of it, from the next turn on; what is left out stays.
+
+        None: the server's choice of a model, no system prompt.
+        """
+        request = ConfigureSession(
+            id=new_id(), session=session, title=title, model=model, system=system, params=params
         )
+        return await self._ask(request, SessionState)
 
     async def delete(self, session: int) -> None:
         """Delete it with all messages."""

@@ -25,6 +25,7 @@ from shared.errors import SessionBusyError, SessionsOffError, TpserveError
 from shared.messages import Done, Failed
 from shared.protocol import Event
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     DeleteSession,
@@ -35,7 +36,6 @@ from shared.session_messages import (
     ListSessions,
     Redo,
     Regenerate,
-    RenameSession,
     Rollback,
     SearchSessions,
     SelectBranch,
@@ -101,7 +101,7 @@ class SessionDesk:
             case ListSessions() | GetSession() | SearchSessions() | ExportSession():
                 self._ask(client, request, _look_up, reads=True)
             case _:
-                if not isinstance(request, CreateSession | ImportSession | RenameSession):
+                if not isinstance(request, CreateSession | ImportSession | ConfigureSession):
                     self._refuse_if_busy(request.user, request.session)
                 self._ask(client, request, _change)
 
@@ -260,8 +260,8 @@ def _change(shelf: Shelf, request: SessionRequest) -> Event:
         case DeleteSession():
             shelf.delete(request.session)
             return SessionGone(id=request.id, session=request.session)
-        case RenameSession():
-            shelf.rename(request.session, request.title)
+        case ConfigureSession():
+            shelf.configure(request)
         case Rollback():
             shelf.rollback(request.session, request.message)
         case SelectBranch():

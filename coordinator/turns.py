@@ -30,6 +30,8 @@ class BegunTurn:
     job: Generate
     before: Row[Any]
     """The session as it was."""
+    title: str = ""
+    """That the turn has made for it, if it had none."""
     selected: Mapping[int, int | None] = field(default_factory=dict)
     """Messages after which another child was selected, and that child."""
 
@@ -87,7 +89,7 @@ def take_back(shelf: Shelf, turn: BegunTurn) -> None:
     shelf.forget_steps(turn.session, turn.before.step + 1)
     for parent, child in turn.selected.items():
         shelf.select_child(parent, child)
-    shelf.restore(turn.before)
+    shelf.restore(turn.before, turn.title)
     shelf.remove_last(turn.session, turn.user_message)
 
 
@@ -96,7 +98,6 @@ def _with_user_message(
 ) -> BegunTurn:
     message = shelf.add(row.id, above, NewMessage(role="user", content=text))
     selected = shelf.choose(row.id, message)
-    shelf.title_from(row.id, text)
     return BegunTurn(
         session=row.id,
         parent=message,
@@ -104,6 +105,7 @@ def _with_user_message(
         continues=None,
         job=_job(shelf, request, row, message),
         before=row,
+        title=shelf.title_from(row.id, text),
         selected=selected,
     )
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.messages import (
     BaseEvent,
@@ -75,10 +75,22 @@ class GetSession(_AboutSession, frozen=True, kw_only=True, tag="session"):
     """A session with the messages on its selected path."""
 
 
-class RenameSession(_AboutSession, frozen=True, kw_only=True, tag="rename_session"):
-    """Give it another title."""
+class ConfigureSession(_AboutSession, frozen=True, kw_only=True, tag="configure_session"):
+    """Change what is set of it; what is left out stays. Counts from the next turn on."""
 
-    title: Annotated[str, Meta(min_length=1, max_length=200)]
+    title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
+    model: ModelName | UnsetType | None = UNSET
+    """None: at each turn as in `generate`."""
+    system: str | UnsetType | None = UNSET
+    """None: no instructions."""
+    params: SamplingParams | UnsetType = UNSET
+    """In place of all that were set before."""
+
+    def __post_init__(self) -> None:
+        if self.params is not UNSET:
+            _one_answer(self.params)
+        if all(new is UNSET for new in (self.title, self.model, self.system, self.params)):
+            raise ValueError("nothing to change: give title, model, system or params")
 
 
 class DeleteSession(_AboutSession, frozen=True, kw_only=True, tag="delete_session"):
@@ -150,7 +162,7 @@ SessionRequest = (
     CreateSession
     | ListSessions
     | GetSession
-    | RenameSession
+    | ConfigureSession
     | DeleteSession
     | SearchSessions
     | ExportSession

@@ -17,6 +17,7 @@ from shared.errors import InvalidRequestError, SessionNotFoundError
 from shared.messages import FinishReason, SamplingParams, Timings
 from shared.protocol import BadRequestError, decode_request
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     EditTurn,
@@ -54,6 +55,10 @@ class Sessions:
     def create(self, **wishes: object) -> int:
         request = CreateSession(id="c", **{"kind": "chat", **wishes})  # type: ignore[arg-type]
         return self.call(lambda shelf: shelf.create(request))
+
+    def configure(self, session: int, **wishes: object) -> None:
+        request = ConfigureSession(id="c", session=session, **wishes)  # type: ignore[arg-type]
+        self.call(lambda shelf: shelf.configure(request))
 
     def begin(self, request: TurnRequest) -> turns.BegunTurn:
         return self.call(lambda shelf: turns.begin(shelf, request))
@@ -328,6 +333,47 @@ def test_a_refused_turn_leaves_nothing(sessions: Sessions) -> None:
     assert sessions.search("long") == []
 
 
+def test_a_refused_turn_leaves_the_title_that_was_given_meanwhile(sessions: Sessions) -> None:
+    session = sessions.create()
+    begun = sessions.begin(SendTurn(id="t", session=session, text="too long"))
+    sessions.configure(session, title="Mine")
+    sessions.call(lambda shelf: turns.take_back(shelf, begun))
+    assert sessions.state(session).session.title == "Mine"
+
+
+def test_configuring_changes_what_is_given_and_nothing_else(sessions: Sessions) -> None:
+    params = SamplingParams(temperature=0)
+    session = sessions.create(title="a", model="demo", system="Be brief.", params=params)
+
+    def configured(**wishes: object) -> tuple[str, str | None, str | None, SamplingParams]:
+        sessions.configure(session, **wishes)
+        info = sessions.state(session).session
+        return info.title, info.model, info.system, info.params
+
+    assert configured(title="b") == ("b", "demo", "Be brief.", params)
+    assert configured(model=None) == ("b", None, "Be brief.", params)
+    assert configured(system="Sing.", model="other") == ("b", "other", "Sing.", params)
+    assert configured(params=SamplingParams(seed=3)) == (
+        "b",
+        "other",
+        "Sing.",
+        SamplingParams(seed=3),
+    )
+    assert configured(system=None) == ("b", "other", None, SamplingParams(seed=3))
+    job = sessions.begin(SendTurn(id="t", session=session, text="hi")).job
+    assert (job.model, job.params.seed, len(job.messages or [])) == ("other", 3, 1)
+
+
+def test_a_story_takes_no_system_prompt_later_either(sessions: Sessions) -> None:
+    session = sessions.create(kind="story", title="a")
+    with pytest.raises(InvalidRequestError, match="a story has no system prompt"):
+        sessions.configure(session, title="b", system="Be brief.")
+    assert sessions.state(session).session.title == "a"
+    sessions.configure(session, system=None)
+    with pytest.raises(BadRequestError, match="nothing to change"):
+        decode_request(msgspec.msgpack.encode({"op": "configure_session", "id": "c", "session": 1}))
+
+
 def test_the_title_is_the_first_thing_said_unless_one_is_given(sessions: Sessions) -> None:
     named, unnamed = sessions.create(title="Mine"), sessions.create()
     for session in (named, unnamed):
@@ -399,7 +445,7 @@ def test_search_finds_words_in_messages_and_titles(sessions: Sessions) -> None:
     for nothing in ("roses tea", "!!!", "absent", " "):
         assert sessions.search(nothing) == []
     assert len(sessions.search("garden", limit=1)) == 1
-    sessions.call(lambda shelf: shelf.rename(one, "Cooking"))
+    sessions.configure(one, title="Cooking")
     assert [hit.session for hit in sessions.search("cooking")] == [one]
     assert sessions.search("gardening") == []
 
@@ -419,7 +465,7 @@ def test_an_owner_sees_only_his_own(sessions: Sessions, database: Database) -> N
     assert stranger.call(lambda shelf: shelf.page("p", 10, None)).sessions == []
     tries: list[Callable[[Shelf], object]] = [
         lambda shelf: shelf.state("g", session),
-        lambda shelf: shelf.rename(session, "mine"),
+        lambda shelf: shelf.configure(ConfigureSession(id="c", session=session, title="mine")),
         lambda shelf: shelf.delete(session),
         lambda shelf: shelf.rollback(session, None),
         lambda shelf: shelf.branch(session, 1),
