@@ -33,6 +33,7 @@ from shared.session_messages import (
     SessionHits,
     SessionState,
     Undo,
+    WriteStory,
 )
 from shared.session_messages import Sessions as Page
 
@@ -150,6 +151,10 @@ class Sessions:
     def redo(self, session: int) -> SessionState:
         """Take an undo back."""
         return self._ask(Redo(id=new_id(), session=session), SessionState)
+
+    def write(self, session: int, text: str) -> SessionState:
+        """Make a story's whole text `text`; what it begins with of the old one stays as it is."""
+        return self._ask(WriteStory(id=new_id(), session=session, text=text), SessionState)
 
     def send(
         self,
@@ -295,6 +300,10 @@ class AsyncSessions:
     async def redo(self, session: int) -> SessionState:
         """Take an undo back."""
         return await self._ask(Redo(id=new_id(), session=session), SessionState)
+
+    async def write(self, session: int, text: str) -> SessionState:
+        """Make a story's whole text `text`; what it begins with of the old one stays as it is."""
+        return await self._ask(WriteStory(id=new_id(), session=session, text=text), SessionState)
 
     def send(
         self,

@@ -20,6 +20,7 @@ from coordinator.session_files import export_session, import_session
 from coordinator.session_search import search
 from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Store
+from coordinator.stories import write_story
 from coordinator.turns import BegunTurn
 from shared.errors import SessionBusyError, SessionsOffError, TpserveError
 from shared.messages import Done, Failed
@@ -46,6 +47,7 @@ from shared.session_messages import (
     TurnRequest,
     TurnStored,
     Undo,
+    WriteStory,
 )
 
 T = TypeVar("T")
@@ -196,16 +198,15 @@ class SessionDesk:
         if begun is None:
             turn.ended_early = event
             return
-        answer = _answer(event, job)
+        answers = _answers(event, job)
 
         def store(shelf: Shelf) -> TurnStored:
-            kept, message = begun.user_message, None
-            if answer is not None:
-                message = turns.end(shelf, begun, answer)
-            elif isinstance(event, Failed):
+            said = begun.user_message
+            ids = turns.end(shelf, begun, answers) if answers else []
+            if not answers and isinstance(event, Failed):
                 turns.take_back(shelf, begun)
-                kept = None
-            return TurnStored(id=event.id, session=begun.session, user_message=kept, answer=message)
+                said = None
+            return TurnStored(id=event.id, session=begun.session, user_message=said, answers=ids)
 
         self._submit(turn.request.user, store, lambda outcome: self._stored(turn, event, outcome))
 
@@ -220,22 +221,25 @@ class SessionDesk:
             self._desk.publish(turn.client, Failed(id=event.id, code=code, message=message))
 
 
-def _answer(event: Event, job: Job | None) -> NewMessage | None:
-    """What there is of a job's answer; None when there is nothing."""
-    if job is None or (not isinstance(event, Done) and not job.sequences[0].text):
-        return None
-    sequence = job.sequences[0]
+def _answers(event: Event, job: Job | None) -> list[NewMessage]:
+    """What there is of a job's answers, in order of index."""
+    if job is None:
+        return []
     done = event if isinstance(event, Done) else None
-    return NewMessage(
-        role="assistant",
-        content=sequence.text,
-        prompt_tokens=job.prompt_tokens,
-        completion_tokens=sequence.new_tokens,
-        timings=done.timings if done is not None else None,
-        model=job.model,
-        finish_reason=done.finish_reason if done is not None else None,
-        partial=done is None,
-    )
+    return [
+        NewMessage(
+            role="assistant",
+            content=sequence.text,
+            prompt_tokens=job.prompt_tokens,
+            completion_tokens=sequence.new_tokens,
+            timings=done.timings if done is not None else None,
+            model=job.model,
+            finish_reason=sequence.finish_reason,
+            partial=sequence.finish_reason is None,
+        )
+        for sequence in job.sequences
+        if sequence.text or sequence.finish_reason is not None
+    ]
 
 
 def _look_up(shelf: Shelf, request: SessionRequest) -> Event:
@@ -270,6 +274,8 @@ def _change(shelf: Shelf, request: SessionRequest) -> Event:
             shelf.undo(request.session, 1)
         case Redo():
             shelf.undo(request.session, -1)
+        case WriteStory():
+            write_story(shelf, request)
         case _:
             raise AssertionError(f"{request} is a turn or changes nothing")
     return shelf.state(request.id, request.session)

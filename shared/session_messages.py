@@ -22,9 +22,9 @@ StoredId = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Title = Annotated[str, Meta(max_length=200)]
 
 
-def _one_answer(params: SamplingParams | None) -> None:
-    if params is not None and (params.n != 1 or params.echo):
-        raise ValueError("in a session an answer is one, and without an echo: n is 1, echo false")
+def _no_echo(params: SamplingParams | None) -> None:
+    if params is not None and params.echo:
+        raise ValueError("an answer of a session is without the prompt: echo is false")
 
 
 class CreateSession(OwnedRequest, frozen=True, kw_only=True, tag="create_session"):
@@ -41,7 +41,7 @@ class CreateSession(OwnedRequest, frozen=True, kw_only=True, tag="create_session
     """Of all turns that bring none of their own."""
 
     def __post_init__(self) -> None:
-        _one_answer(self.params)
+        _no_echo(self.params)
         if self.kind == "story" and self.system is not None:
             raise ValueError("a story has no system prompt")
 
@@ -88,7 +88,7 @@ class ConfigureSession(_AboutSession, frozen=True, kw_only=True, tag="configure_
 
     def __post_init__(self) -> None:
         if self.params is not UNSET:
-            _one_answer(self.params)
+            _no_echo(self.params)
         if all(new is UNSET for new in (self.title, self.model, self.system, self.params)):
             raise ValueError("nothing to change: give title, model, system or params")
 
@@ -122,6 +122,16 @@ class Redo(_AboutSession, frozen=True, kw_only=True, tag="redo"):
     """Take an undo back."""
 
 
+class WriteStory(_AboutSession, frozen=True, kw_only=True, tag="write"):
+    """Make a story's whole text another one; nothing is generated.
+
+    The pieces on the selected path stay as far as the text begins with them, the rest becomes one
+    of the user's.
+    """
+
+    text: str
+
+
 class _Turn(_AboutSession, frozen=True, kw_only=True):
     params: SamplingParams | None = None
     """None: the session's."""
@@ -129,7 +139,7 @@ class _Turn(_AboutSession, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
 
     def __post_init__(self) -> None:
-        _one_answer(self.params)
+        _no_echo(self.params)
 
 
 class SendTurn(_Turn, frozen=True, kw_only=True, tag="send"):
@@ -154,7 +164,12 @@ class EditTurn(_Turn, frozen=True, kw_only=True, tag="edit"):
 
 
 class ContinueTurn(_Turn, frozen=True, kw_only=True, tag="continue"):
-    """Write on at the last answer, which was cut short."""
+    """Write on at the last answer, which was cut short; the session's `n` does not count."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.params is not None and self.params.n != 1:
+            raise ValueError(f"n is {self.params.n}, but continue writes on at one answer: n is 1")
 
 
 TurnRequest = SendTurn | Regenerate | EditTurn | ContinueTurn
@@ -171,6 +186,7 @@ SessionRequest = (
     | SelectBranch
     | Undo
     | Redo
+    | WriteStory
     | SendTurn
     | Regenerate
     | EditTurn
@@ -256,7 +272,7 @@ class SessionExport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Parents before children, siblings in order."""
 
     def __post_init__(self) -> None:
-        _one_answer(self.params)
+        _no_echo(self.params)
         for place, message in enumerate(self.messages):
             if message.parent is not None and message.parent >= place:
                 raise ValueError(f"message {place} has a parent that does not come before it")
@@ -324,5 +340,5 @@ class TurnStored(BaseEvent, frozen=True, kw_only=True, tag="stored"):
     session: int
     user_message: int | None
     """Id of what the user said; None: nothing new."""
-    answer: int | None
-    """Id of the answer; None: nothing of it was written."""
+    answers: list[int]
+    """Ids of what was written, in order of index; the first one is selected."""

@@ -14,6 +14,7 @@ from shared.errors import (
     ContextLengthError,
     DatabaseError,
     InvalidRequestError,
+    ModelNotFoundError,
     SessionBusyError,
     SessionNotFoundError,
     SessionsOffError,
@@ -141,7 +142,7 @@ def test_a_turn_tells_what_was_stored_before_its_last_event(client: Client) -> N
     assert isinstance(stream.end, Done)
     assert stream.stored is not None
     user, answer = client.sessions.get(session).messages
-    assert (user.id, answer.id) == (stream.stored.user_message, stream.stored.answer)
+    assert (user.id, answer.id) == (stream.stored.user_message, *stream.stored.answers)
     assert (user.role, user.content) == ("user", "Hello!")
     assert (answer.role, answer.content, answer.model) == ("assistant", stream.text, "chat")
     assert answer.timings == stream.end.timings
@@ -170,6 +171,95 @@ def test_a_story_goes_on_from_all_its_pieces(client: Client) -> None:
     assert path(client, session) == ["Hello, my", one, two, " And then", three]
     plain = client.story("Hello, my" + one + two + " And then", **options).result()  # type: ignore[arg-type]
     assert plain.text == three
+
+
+def test_a_storys_text_can_be_written_anew(client: Client) -> None:
+    options = {"temperature": 0.0, "max_tokens": 8}
+    session = client.sessions.create("story", **options).session.id  # type: ignore[arg-type]
+    one = client.sessions.send(session, "Hello, my").result().text
+    client.sessions.write(session, f"Hello, my{one[:3]} dog")
+    assert path(client, session) == ["Hello, my", f"{one[:3]} dog"]
+    two = client.sessions.send(session).result().text
+    plain = client.story(f"Hello, my{one[:3]} dog", **options).result()  # type: ignore[arg-type]
+    assert two == plain.text
+    client.sessions.undo(session)
+    assert [m.content for m in client.sessions.undo(session).messages] == ["Hello, my", one]
+    with pytest.raises(InvalidRequestError, match="write is for stories"):
+        client.sessions.write(greedy(client), "Hello")
+
+
+def test_what_is_set_of_a_session_counts_from_the_next_turn_on(client: Client) -> None:
+    session = greedy(client)
+    say(client, session, "Hello!")
+    state = client.sessions.configure(session, params=SamplingParams(temperature=0, max_tokens=2))
+    assert state.session.params.max_tokens == 2
+    assert len(say(client, session, "How are you?")) == 2
+    client.sessions.configure(session, model="nobody")
+    with pytest.raises(ModelNotFoundError):
+        say(client, session, "And now?")
+    state = client.sessions.configure(session, model=None, system="You are a pirate.")
+    assert (state.session.model, state.session.system) == (None, "You are a pirate.")
+    expected = client.chat(
+        [
+            {"role": "system", "content": "You are a pirate."},
+            *({"role": m.role, "content": m.content} for m in state.messages),
+            {"role": "user", "content": "And now?"},
+        ],
+        temperature=0,
+        max_tokens=2,
+    )
+    assert say(client, session, "And now?") == expected.result().token_ids
+
+
+def test_several_answers_are_kept_as_siblings(client: Client) -> None:
+    session = greedy(client)
+    options = {"temperature": 1.0, "seed": 7, "n": 3, "max_tokens": 20}
+    stream = client.sessions.send(session, "Hello!", **options)  # type: ignore[arg-type]
+    events = list(stream.events())
+    assert isinstance(stream.end, Done)
+    texts = [choice.text for choice in stream.end.choices]
+    for index, text in enumerate(texts):
+        pieces = [e.text for e in events if isinstance(e, Token) and e.index == index]
+        assert "".join(pieces) == text
+    hello = [{"role": "user", "content": "Hello!"}]
+    plain = client.chat(hello, **options).result()  # type: ignore[arg-type]
+    assert [choice.text for choice in plain.choices] == texts
+    assert stream.stored is not None
+    answer = client.sessions.get(session).messages[-1]
+    assert answer.siblings == stream.stored.answers
+    for message, choice in zip(answer.siblings, stream.end.choices, strict=True):
+        last = client.sessions.branch(session, message).messages[-1]
+        assert (last.id, last.content) == (message, choice.text)
+        assert (last.finish_reason, last.partial) == (choice.finish_reason, False)
+        assert last.completion_tokens == len(choice.token_ids)
+    more = client.sessions.regenerate(session, **options).result()  # type: ignore[arg-type]
+    assert [choice.text for choice in more.choices] == texts
+    assert client.sessions.get(session).messages[-1].position == 4
+    assert client.sessions.undo(session).messages[-1].id == answer.siblings[2]
+
+
+def test_several_answers_that_are_cut_short_are_kept_as_far_as_they_came(client: Client) -> None:
+    options = {"temperature": 1.0, "seed": 1, "n": 2, "ignore_eos": True}
+    hello = [{"role": "user", "content": "Hello!"}]
+    plain = client.chat(hello, max_tokens=100, **options).result()  # type: ignore[arg-type]
+    first, second = (choice.text for choice in plain.choices)
+    stop = first[20:40]
+    assert stop not in second, "only the first answer is to end"
+
+    session = greedy(client)
+    stream = client.sessions.send(session, "Hello!", max_tokens=900, stop=[stop], **options)  # type: ignore[arg-type]
+    seen = 0
+    for event in stream.events():
+        if isinstance(event, Token) and event.index == 1 and (seen := seen + 1) == 80:
+            stream.cancel()
+    assert isinstance(stream.end, Cancelled)
+    assert stream.stored is not None
+    ended, cut = (
+        client.sessions.branch(session, message).messages[-1] for message in stream.stored.answers
+    )
+    assert (ended.content, ended.finish_reason, ended.partial) == (first[:20], "stop", False)
+    assert (cut.content, cut.finish_reason) == (stream.end.partial[1].text, None)
+    assert cut.partial
 
 
 def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: Server) -> None:
@@ -353,7 +443,7 @@ def test_a_turn_that_is_cancelled_at_once_keeps_what_was_said(
     user = client.sessions.get(session).messages[0].id
     assert events == [
         Cancelled(id="c"),
-        TurnStored(id="t", session=session, user_message=user, answer=None),
+        TurnStored(id="t", session=session, user_message=user, answers=[]),
         Cancelled(id="t"),
     ]
     assert path(client, session) == ["Hello!"]
