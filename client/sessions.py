@@ -72,7 +72,8 @@ class Sessions:
     """`Client.sessions`: conversations and stories that the server keeps.
 
     Every method may raise what `Client` raises, SessionNotFoundError, SessionBusyError,
-    DatabaseError, and SessionsOffError when the server keeps none.
+    DatabaseError, and SessionsOffError when the server keeps none. While a turn is under way,
+    another one is refused unless it is told to `wait`; then it follows in order of arrival.
     """
 
     def __init__(self, ask: Ask, connection: Callable[[], Connection]) -> None:
@@ -162,11 +163,17 @@ class Sessions:
         text: str = "",
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Say something and have it answered; in a story, write a piece and have it continued."""
         request = SendTurn(
-            id=new_id(), session=session, text=text, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            text=text,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return Stream(self._connection(), request)
 
@@ -176,11 +183,17 @@ class Sessions:
         message: int | None = None,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Another answer beside `message`, or after it if it is the user's. None: the last one."""
         request = Regenerate(
-            id=new_id(), session=session, message=message, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            message=message,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return Stream(self._connection(), request)
 
@@ -191,6 +204,7 @@ class Sessions:
         text: str,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Put `text` beside one of the user's messages and have it answered."""
@@ -200,15 +214,23 @@ class Sessions:
             message=message,
             text=text,
             stream=stream,
+            wait=wait,
             params=_params(options),
         )
         return Stream(self._connection(), request)
 
     def go_on(
-        self, session: int, *, stream: bool = True, **options: Unpack[SamplingOptions]
+        self,
+        session: int,
+        *,
+        stream: bool = True,
+        wait: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Write on at the last answer, which was cut short; the stream has only what is new."""
-        request = ContinueTurn(id=new_id(), session=session, stream=stream, params=_params(options))
+        request = ContinueTurn(
+            id=new_id(), session=session, stream=stream, wait=wait, params=_params(options)
+        )
         return Stream(self._connection(), request)
 
 
@@ -311,11 +333,17 @@ class AsyncSessions:
         text: str = "",
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Say something and have it answered; in a story, write a piece and have it continued."""
         request = SendTurn(
-            id=new_id(), session=session, text=text, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            text=text,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return AsyncStream(self._connection(), request)
 
@@ -325,11 +353,17 @@ class AsyncSessions:
         message: int | None = None,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Another answer beside `message`, or after it if it is the user's. None: the last one."""
         request = Regenerate(
-            id=new_id(), session=session, message=message, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            message=message,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return AsyncStream(self._connection(), request)
 
@@ -340,6 +374,7 @@ class AsyncSessions:
         text: str,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Put `text` beside one of the user's messages and have it answered."""
@@ -349,13 +384,21 @@ class AsyncSessions:
             message=message,
             text=text,
             stream=stream,
+            wait=wait,
             params=_params(options),
         )
         return AsyncStream(self._connection(), request)
 
     def go_on(
-        self, session: int, *, stream: bool = True, **options: Unpack[SamplingOptions]
+        self,
+        session: int,
+        *,
+        stream: bool = True,
+        wait: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Write on at the last answer, which was cut short; the stream has only what is new."""
-        request = ContinueTurn(id=new_id(), session=session, stream=stream, params=_params(options))
+        request = ContinueTurn(
+            id=new_id(), session=session, stream=stream, wait=wait, params=_params(options)
+        )
         return AsyncStream(self._connection(), request)

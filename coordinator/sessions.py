@@ -6,6 +6,7 @@ client hears of the end. Belongs to the engine's thread; the database has its ow
 
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,7 +24,7 @@ from coordinator.store import Store
 from coordinator.stories import write_story
 from coordinator.turns import BegunTurn
 from shared.errors import SessionBusyError, SessionsOffError, TpserveError
-from shared.messages import Done, Failed
+from shared.messages import Done, Failed, Progress
 from shared.protocol import Event
 from shared.session_messages import (
     ConfigureSession,
@@ -52,6 +53,9 @@ from shared.session_messages import (
 
 T = TypeVar("T")
 
+_MAX_WAITING_TURNS = 16
+"""Of one session."""
+_REPORT_INTERVAL_S = 1.0
 _CLOSE_TIMEOUT_S = 10.0
 _CLOSE_TICK_S = 0.05
 
@@ -63,7 +67,7 @@ class _Turn:
     client: bytes
     request: TurnRequest
     begun: BegunTurn | None = None
-    """None: the database has yet to store what the user said."""
+    """None: it waits, or the database has yet to store what the user said."""
     ended_early: Event | None = None
     """Its last event, when that came before it had begun."""
 
@@ -81,6 +85,9 @@ class SessionDesk:
         self._store, self._desk = store, desk
         self._turns: dict[tuple[str, int], _Turn] = {}
         """By user and session; the database has yet to say whether it is that user's."""
+        self._waiting: dict[tuple[str, int], deque[_Turn]] = {}
+        """Turns that follow one of `_turns`, in order of arrival; empty ones are removed."""
+        self._next_report = 0.0
 
     @property
     def wake_fd(self) -> int | None:
@@ -99,7 +106,7 @@ class SessionDesk:
         self._store.refuse_if_full()
         match request:
             case SendTurn() | Regenerate() | EditTurn() | ContinueTurn():
-                self._begin(client, request)
+                self._take(client, request)
             case ListSessions() | GetSession() | SearchSessions() | ExportSession():
                 self._ask(client, request, _look_up, reads=True)
             case _:
@@ -112,6 +119,17 @@ class SessionDesk:
         if self._store is not None:
             for go_on in self._store.finished():
                 go_on()
+
+    def report_progress(self) -> None:
+        """Once a second tell those whose turn waits for others of its session that all is well."""
+        now = time.monotonic()
+        if now < self._next_report:
+            return
+        self._next_report = now + _REPORT_INTERVAL_S
+        for waiting in self._waiting.values():
+            for before, turn in enumerate(waiting, start=1):
+                event = Progress(id=turn.request.id, position=before, new_tokens=0)
+                self._desk.publish(turn.client, event)
 
     def close(self) -> None:
         """Let what was begun be stored; clients are told. Their jobs have ended."""
@@ -162,10 +180,24 @@ class SessionDesk:
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _begin(self, client: bytes, request: TurnRequest) -> None:
-        self._refuse_if_busy(request.user, request.session)
+    def _take(self, client: bytes, request: TurnRequest) -> None:
+        """Begin a turn, or have it wait."""
         turn = _Turn(client, request)
+        if not request.wait:
+            self._refuse_if_busy(*turn.key)
+        elif len(self._waiting.get(turn.key, ())) >= _MAX_WAITING_TURNS:
+            raise SessionBusyError(
+                f"{_MAX_WAITING_TURNS} turns wait in session {request.session} already, which is "
+                "the limit: wait for the end of one, or cancel it"
+            )
         self._desk.promise(client, request.id, lambda event, job: self._ended(turn, event, job))
+        if turn.key in self._turns:
+            self._waiting.setdefault(turn.key, deque()).append(turn)
+        else:
+            self._begin(turn)
+
+    def _begin(self, turn: _Turn) -> None:
+        request = turn.request
         self._turns[turn.key] = turn
         self._submit(
             request.user,
@@ -177,11 +209,11 @@ class SessionDesk:
         client, request = turn.client, turn.request
         if isinstance(outcome, TpserveError):
             self._desk.withdraw(client, request.id)
-            del self._turns[turn.key]
             if turn.ended_early is None:
                 self._desk.refuse(client, request.id, outcome)
             else:
                 self._desk.publish(client, turn.ended_early)
+            self._go_on_after(turn)
             return
         turn.begun = outcome
         if turn.ended_early is not None:
@@ -195,6 +227,10 @@ class SessionDesk:
     def _ended(self, turn: _Turn, event: Event, job: Job | None) -> None:
         """The job's last event has come: store first, then pass it on."""
         begun = turn.begun
+        if turn in self._waiting.get(turn.key, ()):
+            self._leave(turn)
+            self._desk.publish(turn.client, event)
+            return
         if begun is None:
             turn.ended_early = event
             return
@@ -211,7 +247,6 @@ class SessionDesk:
         self._submit(turn.request.user, store, lambda outcome: self._stored(turn, event, outcome))
 
     def _stored(self, turn: _Turn, event: Event, outcome: TurnStored | TpserveError) -> None:
-        del self._turns[turn.key]
         if isinstance(outcome, TurnStored):
             self._desk.publish(turn.client, outcome)
             self._desk.publish(turn.client, event)
@@ -219,6 +254,22 @@ class SessionDesk:
             message = f"the answer was not stored: {outcome.message}"
             code = event.code if isinstance(event, Failed) else outcome.code
             self._desk.publish(turn.client, Failed(id=event.id, code=code, message=message))
+        self._go_on_after(turn)
+
+    def _go_on_after(self, ended: _Turn) -> None:
+        """The session's next turn, if one waits, has its turn."""
+        del self._turns[ended.key]
+        if ended.key in self._waiting:
+            turn = self._waiting[ended.key][0]
+            self._leave(turn)
+            self._begin(turn)
+
+    def _leave(self, turn: _Turn) -> None:
+        """A turn waits no more."""
+        waiting = self._waiting[turn.key]
+        waiting.remove(turn)
+        if not waiting:
+            del self._waiting[turn.key]
 
 
 def _answers(event: Event, job: Job | None) -> list[NewMessage]:

@@ -137,6 +137,8 @@ class _Turn(_AboutSession, frozen=True, kw_only=True):
     """None: the session's."""
     stream: bool = True
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    wait: bool = False
+    """Whether to wait for the session's other turns instead of being refused."""
 
     def __post_init__(self) -> None:
         _no_echo(self.params)

@@ -349,8 +349,8 @@ def test_several_answers_are_siblings_and_the_first_is_selected(sessions: Sessio
     begun = sessions.begin(SendTurn(id="t", session=session, text="hello"))
     assert begun.job.params.n == 3
     new = [
-        NewMessage(role="assistant", content=text, finish_reason=reason)
-        for text, reason in (("a", "length"), ("b", "stop"))
+        NewMessage(role="assistant", content="a", finish_reason="length"),
+        NewMessage(role="assistant", content="b", finish_reason="stop"),
     ]
     ids = sessions.call(lambda shelf: turns.end(shelf, begun, new))
     assert sessions.path(session) == ["hello", "a"]

@@ -2,25 +2,37 @@
 
 import asyncio
 import sqlite3
+import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from client.zmq_client import AsyncClient, Client, JobCancelledError
+from client.zmq_client import AsyncClient, Client, JobCancelledError, Stream
 from shared.config import PROJECT_ROOT
 from shared.errors import (
     ContextLengthError,
     DatabaseError,
     InvalidRequestError,
     ModelNotFoundError,
+    NotReadyError,
     SessionBusyError,
     SessionNotFoundError,
     SessionsOffError,
     WorkerLostError,
 )
-from shared.messages import Cancel, Cancelled, Done, Queued, SamplingParams, Started, Token
+from shared.messages import (
+    Cancel,
+    Cancelled,
+    Done,
+    Progress,
+    Queued,
+    SamplingParams,
+    Started,
+    Token,
+)
 from shared.protocol import Event, decode_events, encode_request
 from shared.session_messages import (
     CreateSession,
@@ -288,6 +300,115 @@ def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: 
         assert len(path(other, session)) == 4
 
 
+LENGTHY = SamplingParams(temperature=1, seed=1, max_tokens=900, ignore_eos=True, n=16)
+
+
+@contextmanager
+def busy(client: Client, session: int) -> Iterator[Stream]:
+    """While an answer is written; cancelled at the end of the block."""
+    stream = client.start(SendTurn(id=uuid.uuid4().hex, session=session, text="1", params=LENGTHY))
+    events = stream.events()
+    next(event for event in events if isinstance(event, Token))
+    yield stream
+    assert stream.end is None, "it was to outlast the block"
+    stream.cancel()
+    list(events)
+    assert isinstance(stream.end, Cancelled)
+
+
+def test_turns_that_wait_follow_in_order_of_arrival(client: Client, server: Server) -> None:
+    session = greedy(client)
+    said: list[str] = []
+    with Client(server.address) as ada, Client(server.address) as bob, ExitStack() as stack:
+        with busy(client, session):
+            waiting = []
+            for name, speaker in (("ada", ada), ("bob", bob), ("ada again", ada)):
+                waiting.append(
+                    speaker.sessions.send(session, name, wait=True, stream=name != "bob")
+                )
+                speaker.health()  # it has been taken
+            for position, stream in enumerate(waiting, start=1):
+                first = next(stack.enter_context(closing(stream.events())))
+                assert first == Progress(id=stream.id, position=position, new_tokens=0)
+            with pytest.raises(SessionBusyError):
+                bob.sessions.rollback(session, None)
+            with pytest.raises(SessionBusyError):
+                bob.sessions.send(session, "now").result()
+            assert path(client, session) == ["1"]
+        for name, stream in zip(("ada", "bob", "ada again"), waiting, strict=True):
+            said += [name, stream.result().text]
+    assert path(client, session)[2:] == said
+
+
+def test_a_turn_that_waits_can_be_cancelled_and_changes_nothing(
+    client: Client, server: Server
+) -> None:
+    session = greedy(client)
+    with Client(server.address) as other:
+        with busy(client, session):
+            cancelled = other.sessions.send(session, "never mind", wait=True)
+            kept = other.sessions.send(session, "me too", wait=True)
+            cancelled.cancel()
+            assert [type(e) for e in cancelled.events() if not isinstance(e, Progress)] == [
+                Cancelled
+            ]
+            assert cancelled.stored is None
+        kept.result()
+    assert path(client, session)[2:] == ["me too", kept.text]
+
+
+def test_a_turn_that_waits_goes_with_its_client(client: Client, server: Server) -> None:
+    session = greedy(client)
+    socket = raw_socket(server.address)
+    with Client(server.address) as other:
+        with busy(client, session):
+            turn = SendTurn(id="t", session=session, text="gone", wait=True)
+            socket.send(encode_request(turn))
+            assert socket.poll(10_000)
+            socket.close()
+            kept = other.sessions.send(session, "me too", wait=True)
+            events = kept.events()
+            assert any(isinstance(event, Progress) and event.position == 1 for event in events)
+            again = other.sessions.send(session, "and me", wait=True)
+        list(again)
+    assert path(client, session)[2::2] == ["me too", "and me"]
+
+
+def test_only_so_many_turns_wait_in_a_session(client: Client, server: Server) -> None:
+    session = greedy(client)
+    with Client(server.address) as other:
+        with busy(client, session):
+            waiting = [other.sessions.send(session, str(n), wait=True) for n in range(16)]
+            with pytest.raises(SessionBusyError, match="16 turns wait"):
+                other.sessions.send(session, "x", wait=True).result()
+            for stream in waiting[1:]:
+                stream.cancel()
+        waiting[0].result()
+    assert path(client, session)[2::2] == ["0"]
+
+
+def test_a_turn_that_waits_for_a_session_which_goes_is_told(
+    client: Client, server: Server, file: Path
+) -> None:
+    session = greedy(client)
+    with Client(server.address) as other:
+        stream = client.start(SendTurn(id="t", session=session, text="1", params=LENGTHY))
+        events = stream.events()
+        next(event for event in events if isinstance(event, Token))
+        waiting = other.sessions.send(session, "me too", wait=True)
+        other.health()
+        with sqlite3.connect(file) as database:
+            database.execute("PRAGMA foreign_keys = ON")
+            database.execute("DELETE FROM messages WHERE session_id = ?", (session,))
+            database.execute("DELETE FROM sessions WHERE id = ?", (session,))
+        database.close()
+        stream.cancel()
+        with pytest.raises(SessionNotFoundError, match="the answer was not stored"):
+            list(events)
+        with pytest.raises(SessionNotFoundError, match=f"no session {session}"):
+            waiting.result()
+
+
 def test_a_client_that_goes_away_leaves_its_partial_answer(client: Client, server: Server) -> None:
     session = greedy(client)
     socket = raw_socket(server.address)
@@ -399,7 +520,11 @@ def test_stopping_the_server_keeps_what_was_written(tmp_path: Path) -> None:
             session, "Hello!", temperature=1, seed=1, max_tokens=900, ignore_eos=True
         )
         next(event for event in stream.events() if isinstance(event, Token))
+        waiting = client.sessions.send(session, "me too", wait=True)
+        assert client.health().ready
         assert server.stop() == 0
+        with pytest.raises(NotReadyError):
+            waiting.result()
     with start(file) as server, Client(server.address) as client:
         messages = client.sessions.get(session).messages
         assert [m.role for m in messages] == ["user", "assistant"]
@@ -415,9 +540,13 @@ def test_a_lost_worker_leaves_the_partial_answer(tmp_path: Path) -> None:
         )
         events = stream.events()
         next(event for event in events if isinstance(event, Token))
+        waiting = client.sessions.send(session, "me too", wait=True)
+        assert client.health().ready
         server.workers()[0].kill()
         with pytest.raises(WorkerLostError):
             list(events)
+        with pytest.raises(WorkerLostError):
+            waiting.result()
         answer = client.sessions.get(session).messages[-1]
         assert (answer.role, answer.content, answer.partial) == ("assistant", stream.text, True)
 
