@@ -4,10 +4,11 @@ import asyncio
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from client.zmq_client import AsyncClient, Client, JobCancelledError, Stream
@@ -467,10 +468,15 @@ def test_an_event_loop_has_the_same_sessions(server: Server) -> None:
             session = (await client.sessions.create(temperature=0, max_tokens=20)).session.id
             stream = client.sessions.send(session, "Hello!")
             text = "".join([piece async for piece in stream])
+            await client.sessions.configure(session, title="In a loop")
+            story = (await client.sessions.create("story")).session.id
+            written = await client.sessions.write(story, "Once")
+            assert [message.content for message in written.messages] == ["Once"]
             return await client.sessions.get(session), text
 
     state, text = asyncio.run(converse())
     assert [message.content for message in state.messages] == ["Hello!", text]
+    assert state.session.title == "In a loop"
 
 
 def test_a_locked_database_refuses_and_generation_goes_on(
@@ -511,6 +517,68 @@ def test_everything_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
         both = client.sessions.send(session, "What is my name and my favourite colour?").result()
         assert "Ada" in both.text
         assert "green" in both.text
+
+
+def kill(server: Server) -> None:
+    """The whole server at once, with kill -9."""
+    workers = server.workers()
+    server.process.kill()
+    server.process.wait(20)
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def check_against_a_fresh_session(client: Client, session: int) -> None:
+    """All answers on the path are greedy, and those that the same words get in a new session."""
+    expected = path(client, session)
+    fresh = greedy(client)
+    for said in expected[::2]:
+        say(client, fresh, said)
+    assert path(client, fresh) == expected
+    client.sessions.delete(fresh)
+
+
+def test_a_tree_is_walked_the_same_way_over_kills(tmp_path: Path) -> None:
+    file = tmp_path / "tpserve.db"
+    question = "What is my name and my favourite colour?"
+    with start(file) as server, Client(server.address) as client:
+        session = greedy(client)
+        say(client, session, "Hello, my name is Ada.")
+        say(client, session, "My favourite colour is green.")
+        both = client.sessions.send(session, question).result()
+        assert "Ada" in both.text
+        assert "green" in both.text
+        check_against_a_fresh_session(client, session)
+        with_colour = client.sessions.get(session).messages
+        kill(server)
+    with start(file) as server, Client(server.address) as client:
+        assert client.sessions.get(session).messages == with_colour
+        client.sessions.rollback(session, with_colour[1].id)
+        without = client.sessions.send(session, question).result()
+        assert "green" not in without.text
+        knows = client.sessions.send(session, "What is my name?").result()
+        assert "Ada" in knows.text
+        check_against_a_fresh_session(client, session)
+        without_colour = client.sessions.get(session).messages
+        kill(server)
+    with start(file) as server, Client(server.address) as client:
+        other = client.sessions.regenerate(session, temperature=5, seed=5).result()
+        assert other.text != knows.text
+        back = client.sessions.branch(session, without_colour[-1].id).messages
+        assert [m.content for m in back] == [m.content for m in without_colour]
+        assert [len(m.siblings) for m in back] == [1, 1, 2, 1, 1, 2]
+        assert client.sessions.regenerate(session).result().token_ids == knows.token_ids
+        check_against_a_fresh_session(client, session)
+        kill(server)
+    with start(file) as server, Client(server.address) as client:
+        client.sessions.undo(session)
+        again = client.sessions.undo(session).messages[-1]
+        assert (again.content, again.position) == (other.text, 2)
+        coloured = client.sessions.branch(session, with_colour[2].id).messages
+        assert [m.content for m in coloured] == [m.content for m in with_colour]
+        assert client.sessions.regenerate(session).result().token_ids == both.token_ids
+        check_against_a_fresh_session(client, session)
 
 
 def test_stopping_the_server_keeps_what_was_written(tmp_path: Path) -> None:
