@@ -2,17 +2,14 @@
 
 import asyncio
 import sqlite3
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
-from client.zmq_client import AsyncClient, Client, JobCancelledError, Stream
-from shared.config import PROJECT_ROOT
+from client.zmq_client import AsyncClient, Client, JobCancelledError
 from shared.errors import (
     ContextLengthError,
     DatabaseError,
@@ -28,7 +25,6 @@ from shared.messages import (
     Cancel,
     Cancelled,
     Done,
-    Progress,
     Queued,
     SamplingParams,
     Started,
@@ -43,47 +39,9 @@ from shared.session_messages import (
     SessionState,
     TurnStored,
 )
-from tests.client.terminal import at_terminal
-from tests.e2e.server import Server, run_tpserve, wait_until
+from tests.e2e.server import Server, wait_until
+from tests.e2e.sessions import CHAT, greedy, path, say, start
 from tests.e2e.test_server import raw_socket
-
-CHAT = f"chat={PROJECT_ROOT / 'models' / 'demo-chat'}"
-
-
-def start(file: Path) -> Server:
-    server = Server("--model", CHAT, "--database", f"sqlite:///{file}")
-    server.wait_ready()
-    return server
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sessions") / "tpserve.db"
-
-
-@pytest.fixture(scope="module")
-def server(file: Path) -> Iterator[Server]:
-    with start(file) as started:
-        yield started
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[Client]:
-    with Client(server.address) as connected:
-        yield connected
-
-
-def greedy(client: Client, **options: object) -> int:
-    """A new session without randomness."""
-    return client.sessions.create(temperature=0, max_tokens=60).session.id
-
-
-def say(client: Client, session: int, text: str) -> list[int]:
-    return client.sessions.send(session, text).result().token_ids
-
-
-def path(client: Client, session: int) -> list[str]:
-    return [message.content for message in client.sessions.get(session).messages]
 
 
 def test_what_one_user_keeps_is_not_found_by_others(client: Client) -> None:
@@ -225,57 +183,6 @@ def test_what_is_set_of_a_session_counts_from_the_next_turn_on(client: Client) -
     assert say(client, session, "And now?") == expected.result().token_ids
 
 
-def test_several_answers_are_kept_as_siblings(client: Client) -> None:
-    session = greedy(client)
-    options = {"temperature": 1.0, "seed": 7, "n": 3, "max_tokens": 20}
-    stream = client.sessions.send(session, "Hello!", **options)  # type: ignore[arg-type]
-    events = list(stream.events())
-    assert isinstance(stream.end, Done)
-    texts = [choice.text for choice in stream.end.choices]
-    for index, text in enumerate(texts):
-        pieces = [e.text for e in events if isinstance(e, Token) and e.index == index]
-        assert "".join(pieces) == text
-    hello = [{"role": "user", "content": "Hello!"}]
-    plain = client.chat(hello, **options).result()  # type: ignore[arg-type]
-    assert [choice.text for choice in plain.choices] == texts
-    assert stream.stored is not None
-    answer = client.sessions.get(session).messages[-1]
-    assert answer.siblings == stream.stored.answers
-    for message, choice in zip(answer.siblings, stream.end.choices, strict=True):
-        last = client.sessions.branch(session, message).messages[-1]
-        assert (last.id, last.content) == (message, choice.text)
-        assert (last.finish_reason, last.partial) == (choice.finish_reason, False)
-        assert last.completion_tokens == len(choice.token_ids)
-    more = client.sessions.regenerate(session, **options).result()  # type: ignore[arg-type]
-    assert [choice.text for choice in more.choices] == texts
-    assert client.sessions.get(session).messages[-1].position == 4
-    assert client.sessions.undo(session).messages[-1].id == answer.siblings[2]
-
-
-def test_several_answers_that_are_cut_short_are_kept_as_far_as_they_came(client: Client) -> None:
-    options = {"temperature": 1.0, "seed": 1, "n": 2, "ignore_eos": True}
-    hello = [{"role": "user", "content": "Hello!"}]
-    plain = client.chat(hello, max_tokens=100, **options).result()  # type: ignore[arg-type]
-    first, second = (choice.text for choice in plain.choices)
-    stop = first[20:40]
-    assert stop not in second, "only the first answer is to end"
-
-    session = greedy(client)
-    stream = client.sessions.send(session, "Hello!", max_tokens=900, stop=[stop], **options)  # type: ignore[arg-type]
-    seen = 0
-    for event in stream.events():
-        if isinstance(event, Token) and event.index == 1 and (seen := seen + 1) == 80:
-            stream.cancel()
-    assert isinstance(stream.end, Cancelled)
-    assert stream.stored is not None
-    ended, cut = (
-        client.sessions.branch(session, message).messages[-1] for message in stream.stored.answers
-    )
-    assert (ended.content, ended.finish_reason, ended.partial) == (first[:20], "stop", False)
-    assert (cut.content, cut.finish_reason) == (stream.end.partial[1].text, None)
-    assert cut.partial
-
-
 def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: Server) -> None:
     session = greedy(client)
     with Client(server.address) as other:
@@ -300,115 +207,6 @@ def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: 
         assert (answer.content, answer.partial) == (stream.text, True)
         other.sessions.send(session, "me too").result()
         assert len(path(other, session)) == 4
-
-
-LENGTHY = SamplingParams(temperature=1, seed=1, max_tokens=900, ignore_eos=True, n=16)
-
-
-@contextmanager
-def busy(client: Client, session: int) -> Iterator[Stream]:
-    """While an answer is written; cancelled at the end of the block."""
-    stream = client.start(SendTurn(id=uuid.uuid4().hex, session=session, text="1", params=LENGTHY))
-    events = stream.events()
-    next(event for event in events if isinstance(event, Token))
-    yield stream
-    assert stream.end is None, "it was to outlast the block"
-    stream.cancel()
-    list(events)
-    assert isinstance(stream.end, Cancelled)
-
-
-def test_turns_that_wait_follow_in_order_of_arrival(client: Client, server: Server) -> None:
-    session = greedy(client)
-    said: list[str] = []
-    with Client(server.address) as ada, Client(server.address) as bob:
-        with busy(client, session):
-            waiting = []
-            for name, speaker in (("ada", ada), ("bob", bob), ("ada again", ada)):
-                waiting.append(
-                    speaker.sessions.send(session, name, wait=True, stream=name != "bob")
-                )
-                speaker.health()  # it has been taken
-            arriving = [stream.events() for stream in waiting]
-            for before, (stream, events) in enumerate(zip(waiting, arriving, strict=True), start=1):
-                assert next(events) == Progress(id=stream.id, position=before, new_tokens=0)
-            with pytest.raises(SessionBusyError):
-                bob.sessions.rollback(session, None)
-            with pytest.raises(SessionBusyError):
-                bob.sessions.send(session, "now").result()
-            assert path(client, session) == ["1"]
-        for name, stream in zip(("ada", "bob", "ada again"), waiting, strict=True):
-            said += [name, stream.result().text]
-    assert path(client, session)[2:] == said
-
-
-def test_a_turn_that_waits_can_be_cancelled_and_changes_nothing(
-    client: Client, server: Server
-) -> None:
-    session = greedy(client)
-    with Client(server.address) as other:
-        with busy(client, session):
-            cancelled = other.sessions.send(session, "never mind", wait=True)
-            kept = other.sessions.send(session, "me too", wait=True)
-            cancelled.cancel()
-            assert [type(e) for e in cancelled.events() if not isinstance(e, Progress)] == [
-                Cancelled
-            ]
-            assert cancelled.stored is None
-        kept.result()
-    assert path(client, session)[2:] == ["me too", kept.text]
-
-
-def test_a_turn_that_waits_goes_with_its_client(client: Client, server: Server) -> None:
-    session = greedy(client)
-    socket = raw_socket(server.address)
-    with Client(server.address) as other:
-        with busy(client, session):
-            turn = SendTurn(id="t", session=session, text="gone", wait=True)
-            socket.send(encode_request(turn))
-            assert socket.poll(10_000)
-            socket.close()
-            kept = other.sessions.send(session, "me too", wait=True)
-            events = kept.events()
-            assert any(isinstance(event, Progress) and event.position == 1 for event in events)
-            again = other.sessions.send(session, "and me", wait=True)
-        list(again)
-    assert path(client, session)[2::2] == ["me too", "and me"]
-
-
-def test_only_so_many_turns_wait_in_a_session(client: Client, server: Server) -> None:
-    session = greedy(client)
-    with Client(server.address) as other:
-        with busy(client, session):
-            waiting = [other.sessions.send(session, str(n), wait=True) for n in range(16)]
-            with pytest.raises(SessionBusyError, match="16 turns wait"):
-                other.sessions.send(session, "x", wait=True).result()
-            for stream in waiting[1:]:
-                stream.cancel()
-        waiting[0].result()
-    assert path(client, session)[2::2] == ["0"]
-
-
-def test_a_turn_that_waits_for_a_session_which_goes_is_told(
-    client: Client, server: Server, file: Path
-) -> None:
-    session = greedy(client)
-    with Client(server.address) as other:
-        stream = client.start(SendTurn(id="t", session=session, text="1", params=LENGTHY))
-        events = stream.events()
-        next(event for event in events if isinstance(event, Token))
-        waiting = other.sessions.send(session, "me too", wait=True)
-        other.health()
-        with sqlite3.connect(file) as database:
-            database.execute("PRAGMA foreign_keys = ON")
-            database.execute("DELETE FROM messages WHERE session_id = ?", (session,))
-            database.execute("DELETE FROM sessions WHERE id = ?", (session,))
-        database.close()
-        stream.cancel()
-        with pytest.raises(SessionNotFoundError, match="the answer was not stored"):
-            list(events)
-        with pytest.raises(SessionNotFoundError, match=f"no session {session}"):
-            waiting.result()
 
 
 def test_a_client_that_goes_away_leaves_its_partial_answer(client: Client, server: Server) -> None:
@@ -658,148 +456,6 @@ def test_an_id_that_is_in_use_is_refused(server: Server, client: Client) -> None
     assert wait_until(lambda: len(path(client, session)) == 2, 10)
     assert path(client, other) == []
     socket.close()
-
-
-def test_the_commands_list_show_search_rename_copy_and_delete(
-    server: Server, client: Client, tmp_path: Path
-) -> None:
-    def tpserve(*arguments: str, stdin: str = "") -> str:
-        done = run_tpserve([*arguments, "--server", server.address], stdin)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    session = str(greedy(client))
-    chat = ("chat", "--session", session)
-    answers = tpserve(*chat, stdin="Hello, my name is Zebedee.\nWhat is my name?\n").splitlines()
-    assert "Zebedee" in answers[-1]
-    assert tpserve("chat", "--last", stdin="/undo\nWhat is my name?\n").strip() == answers[-1]
-    assert "Hello, my name is Zebedee." in tpserve("sessions", "list", "--limit", "1")
-    shown = tpserve("sessions", "show", session)
-    assert "user 2/2\nWhat is my name?" in shown
-    assert session in tpserve("sessions", "search", "zebedee").split()
-    tpserve("sessions", "rename", session, "Names")
-    file = str(tmp_path / "session.json")
-    tpserve("sessions", "export", session, file)
-    copy = tpserve("sessions", "import", file).strip()
-    assert client.sessions.export(int(copy)) == client.sessions.export(int(session))
-    assert client.sessions.get(int(copy)).session.title == "Names"
-    tpserve("sessions", "rm", session, copy)
-    for arguments, said in (
-        (["sessions", "show", copy], f"there is no session {copy}"),
-        (["sessions", "import", "/nowhere"], "/nowhere cannot be read: No such file"),
-        (["chat", "--session", copy, "--system", "x"], "leave out --model"),
-    ):
-        done = run_tpserve([*arguments, "--server", server.address])
-        assert done.returncode == 1
-        assert said in done.stderr
-
-
-def chat(server: Server, session: int, *lines: str) -> str:
-    arguments = ["chat", "--session", str(session), "--server", server.address]
-    done = run_tpserve(arguments, "".join(f"{line}\n" for line in lines))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_chat_can_be_taken_another_way(server: Server, client: Client) -> None:
-    session = greedy(client)
-    first, second = "Hello, my name is Ada.", "What is my name?"
-    said = chat(server, session, first, second, "/branch").splitlines()
-    assert len(said) == 3
-    assert said[2] == "‹1/1›"
-    assert chat(server, session, "/regen").splitlines() == [said[1]]
-    both = [first, said[0], second, said[1]]
-    assert path(client, session) == both
-    edited = chat(
-        server, session, "/edit What is my name, please?", "/undo", "/branch", "/branch 1"
-    )
-    assert edited.splitlines()[1:] == ["‹2/2›", f"‹1/2› {said[1]}"]
-    assert path(client, session) == both
-    chat(server, session, "/edit 1 Hello, my name is Bob.", "/edit 1 2 cats")
-    assert path(client, session)[0] == "2 cats"
-    assert chat(server, session, "/undo", second).splitlines() == [path(client, session)[-1]]
-    assert "Bob" in path(client, session)[-1]
-    whole = path(client, session)
-    chat(server, session, "/rollback")
-    assert path(client, session) == whole[:2]
-    chat(server, session, "/undo", "/rollback 1")
-    assert path(client, session) == []
-    chat(server, session, "/undo", "/reset", "/undo", "/undo", "/redo")
-    assert path(client, session) == whole
-
-
-def test_a_chat_can_be_named_instructed_and_left_for_another(
-    server: Server, client: Client
-) -> None:
-    other, session = greedy(client), greedy(client)
-    story = client.sessions.create("story", title="A story").session.id
-    client.sessions.rename(other, "The other one")
-    commands = ("/rename  My  chat ", "/system You are a  pirate.", "/sessions", f"/open {other}")
-    said = chat(server, session, *commands, "Hello!", "/system", "/stats").splitlines()
-    info = client.sessions.get(session).session
-    assert (info.title, info.system) == ("My  chat", "You are a  pirate.")
-    assert [line.split()[0] for line in said[2:4]] == [str(session), str(other)]
-    assert "A story" not in "".join(said)
-    assert path(client, other)[0] == "Hello!"
-    assert path(client, session) == []
-    assert "model chat, 1 turns" in said
-    for line, problem in (
-        ("/branch", "there is no answer yet"),
-        ("/rollback 3", "you have said nothing yet"),
-        ("/undo", "has nothing to undo"),
-        ("/open x", "'x' is not the id of a session"),
-        (f"/open {story}", "is a story, not a chat"),
-        ("/rename", "'/rename' is no command"),
-    ):
-        arguments = ["chat", "--session", str(session), "--server", server.address]
-        done = run_tpserve(arguments, f"{line}\n")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert problem in done.stderr
-
-
-def test_an_answer_of_a_chat_that_was_cut_is_continued(server: Server, client: Client) -> None:
-    session = greedy(client)
-    question = "Hello, my name is Ada."
-    expected = client.sessions.send(session, question).result().text
-    client.sessions.rollback(session, None)
-    client.sessions.configure(session, params=SamplingParams(temperature=0, max_tokens=3, n=2))
-    start_of_it = chat(server, session, question).rstrip("\n")
-    assert expected.startswith(start_of_it)
-    chat(server, session, *["/continue"] * 3)
-    continued = path(client, session)[-1]
-    assert expected.startswith(continued)
-    assert len(continued) > len(start_of_it)
-
-
-def test_a_chat_at_a_terminal_is_kept_from_its_first_message_on(
-    server: Server, client: Client, tmp_path: Path
-) -> None:
-    before = client.sessions.page(1).sessions
-    env = {"XDG_STATE_HOME": str(tmp_path)}
-    flags = ("chat", "--greedy", "--system", "Be brief.", "--server", server.address)
-    with at_terminal(*flags, env=env) as terminal:
-        terminal.wait_for(">")
-        assert client.sessions.page(1).sessions == before
-        terminal.type("Hello!\r")
-        terminal.wait_for("goes on with it]")
-        terminal.wait_for(">")
-        terminal.type("/ren\t")
-        terminal.wait_for("ame")
-        terminal.type(" Told once\r")
-        terminal.wait_for(">")
-        terminal.type("/exit\r")
-        assert terminal.wait_for_exit() == 0
-    (kept,) = client.sessions.page(1).sessions
-    assert (kept.title, kept.system, kept.params.temperature) == ("Told once", "Be brief.", 0)
-    with at_terminal(*flags, "--no-session", env=env) as terminal:
-        terminal.wait_for(">")
-        terminal.type("Hello!\r")
-        terminal.wait_for(">")
-        terminal.type("/regen\r")
-        terminal.wait_for("does not keep this conversation")
-        terminal.type("/exit\r")
-        assert terminal.wait_for_exit() == 0
-    assert client.sessions.page(1).sessions == [kept]
 
 
 def test_a_data_folder_that_cannot_be_used_costs_the_sessions_only(tmp_path: Path) -> None:
