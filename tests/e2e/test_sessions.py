@@ -195,10 +195,13 @@ def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: 
             lambda: other.sessions.send(session, "me too").result(),
             lambda: other.sessions.rollback(session, None),
             lambda: other.sessions.delete(session),
+            lambda: other.sessions.write(session, "me too"),
         ):
             with pytest.raises(SessionBusyError, match=f"session {session}: wait for its end"):
                 refused()
-        assert [m.content for m in other.sessions.get(session).messages] == ["Hello!"]
+        renamed = other.sessions.rename(session, "Meanwhile")
+        assert renamed.session.title == "Meanwhile"
+        assert [m.content for m in renamed.messages] == ["Hello!"]
         stream.cancel()
         list(events)
         with pytest.raises(JobCancelledError):
