@@ -13,7 +13,7 @@ from pathlib import Path
 
 from client.zmq_client import Client
 from shared.errors import ConnectionLostError, NotReadyError
-from shared.job_messages import StoredJob
+from shared.session_messages import SessionInfo
 from tests.e2e.server import Server, wait_until
 
 KILLS = int(os.environ.get("TPSERVE_TEST_KILLS", "3"))
@@ -106,9 +106,9 @@ def check(client: Client, shadow: Shadow) -> None:
         client.jobs.get(job)
 
 
-def all_sessions(client: Client) -> list[object]:
+def all_sessions(client: Client) -> list[SessionInfo]:
     """Page by page."""
-    found: list[object] = []
+    found: list[SessionInfo] = []
     cursor = None
     while True:
         page = client.sessions.page(limit=500, cursor=cursor)
@@ -157,12 +157,10 @@ def settle_all(client: Client, shadows: list[Shadow], file: Path) -> None:
     jobs = sorted(set().union(*(shadow.jobs for shadow in shadows)))
     asked_for = set().union(*(shadow.maybe_jobs for shadow in shadows))
 
-    def ended(job: str) -> StoredJob | None:
-        stored = client.jobs.get(job)
-        return stored if stored.end is not None else None
+    def all_ended() -> bool:
+        return all(client.jobs.get(job).end is not None for job in jobs)
 
-    for job in jobs:
-        assert wait_until(lambda job=job: ended(job) is not None, 60), job
+    assert wait_until(all_ended, 120)
     states = {job: client.jobs.get(job).job.state for job in jobs}
     assert set(states.values()) <= {"done"}, states
     with sqlite3.connect(file) as connection:
