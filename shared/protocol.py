@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from shared.embedding_messages import Embed, Embeddings
 from shared.errors import InvalidRequestError, TpserveError
 from shared.messages import (
     PROTOCOL_VERSION,
@@ -49,7 +50,8 @@ from shared.session_messages import (
 )
 
 JobRequest = Generate | TurnRequest
-"""Answered by the events of a job."""
+"""Answered by the events of a job that may be streamed."""
+CancellableRequest = JobRequest | Embed
 
 Request = (
     Generate
@@ -61,6 +63,7 @@ Request = (
     | Unload
     | Tokenize
     | Detokenize
+    | Embed
     | SessionRequest
 )
 
@@ -81,6 +84,7 @@ Event = (
     | ModelGone
     | Tokens
     | Text
+    | Embeddings
     | SessionState
     | Sessions
     | SessionGone
@@ -92,6 +96,7 @@ TERMINAL_EVENTS = (
     Done,
     Failed,
     Cancelled,
+    Embeddings,
     ModelReady,
     ModelGone,
     SessionState,
