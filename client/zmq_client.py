@@ -188,7 +188,7 @@ class Client(_BaseClient[Connection]):
         """A vector of length 1 for each text: the mean of the model's last hidden states over it.
 
         texts: one, or several; each a string, or its token ids, which are taken as they are. The mean
-        of a decoder's states, not what a trained embedding model gives. Leaving early cancels it.
+        of a decoder's states, not what a trained embedding model gives. Whatever ends the wait early cancels it.
         """
         request = embed_request(texts, model, priority, request_id)
         connection = self._connection()
@@ -348,7 +348,7 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         """A vector of length 1 for each text: the mean of the model's last hidden states over it.
 
         texts: one, or several; each a string, or its token ids, which are taken as they are. The mean
-        of a decoder's states, not what a trained embedding model gives. Leaving early cancels it.
+        of a decoder's states, not what a trained embedding model gives. Whatever ends the wait early cancels it.
         """
         request = embed_request(texts, model, priority, request_id)
         connection = self._connection()
