@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from client.zmq_client import AsyncClient
 from gateway.access import KeyGuard, OriginGuard
 from gateway.context import Gateway
+from gateway.embedding_routes import embedding_routes
 from gateway.errors import MethodError, NoRouteError, error_response
 from gateway.keys import Keys
 from gateway.logs import RequestLog
@@ -40,6 +41,7 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
         title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.include_router(openai_routes(gateway))
+    app.include_router(embedding_routes(gateway))
     app.include_router(token_routes(gateway))
     app.include_router(health_routes(gateway))
     app.include_router(model_routes(gateway))
