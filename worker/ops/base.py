@@ -14,6 +14,7 @@ import torch
 
 from shared.messages import SequenceStep
 from worker.comm.base import Floats
+from worker.native.sampling import Wanted
 from worker.sampling.vocabulary import Ints, StepLogits
 
 Value = Any
@@ -80,10 +81,17 @@ class Ops(Protocol):
     def table(self, rows: torch.Tensor) -> Weight:
         """The embedding [vocabulary, hidden], a mapped file that is not copied."""
 
-    def weight(self, source: Source, *, head_dim: int | None = None, head: bool = False) -> Weight:
+    def weight(
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
+    ) -> Weight:
         """A weight [N, K] whose outputs are this rank's.
 
-        head_dim: its outputs are attention heads of so many numbers. head: they are logits.
+        head_dim: its outputs are attention heads of so many numbers. token_ids: they are the logits of
+        these tokens, by virtual shard.
         """
 
     def row_weight(
@@ -169,12 +177,18 @@ class Ops(Protocol):
         """Copy a KV block in every layer."""
 
     def run(
-        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: Ints,
+        wanted: Wanted | None = None,
+        *,
+        every_token: bool = False,
     ) -> StepLogits:
         """One forward pass: logits [B, own tokens] of the sequences that want a token.
 
-        last_tokens: by slot, for sequences that bring no tokens. every_token: logits [T, own tokens]
-        after every token of the step instead. Raises CommError.
+        last_tokens: by slot, for sequences that bring no tokens. wanted: of each row; more may be
+        given. None: all logits. every_token: logits [T, own tokens] after every token of the step
+        instead. Raises CommError.
         """
 
     @property

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from shared.messages import BLOCK_TOKENS, SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
+from worker.native.sampling import Wanted
 from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source
 from worker.sampling.vocabulary import Ints, StepLogits, best_of
 
@@ -109,7 +110,11 @@ class TorchOps:
         return rows
 
     def weight(
-        self, source: Source, *, head_dim: int | None = None, head: bool = False
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
     ) -> torch.Tensor:
         """See Ops."""
         return self._count(source.read().to(self._dtype))
@@ -250,13 +255,18 @@ class TorchOps:
 
     @torch.inference_mode()
     def run(
-        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: Ints,
+        wanted: Wanted | None = None,
+        *,
+        every_token: bool = False,
     ) -> StepLogits:
         """See Ops."""
         assert self._forward is not None, "allocate comes before steps"
         self._step = prepare(sequences, last_tokens, self._window, every_token)
         logits: Floats = self._forward().numpy()
-        return StepLogits(logits, best_of(logits))
+        return StepLogits(logits, best_of(logits), range(len(logits)))
 
 
 def prepare(
