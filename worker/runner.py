@@ -163,13 +163,15 @@ class Runner:
         return StepOutcome(sampled, means)
 
     def _pass(self, model: LoadedModel, sequences: Sequence[SequenceStep]) -> Sampled:
-        logits = model.ops.run(sequences, model.last_tokens, model.sums)
         sampled = [(s, s.sampling) for s in sequences if s.sampling is not None]
-        if not sampled:
-            return Sampled(tokens=[], logprobs=[])
         positions = [s.start + max(len(s.tokens), 1) for s, _ in sampled]
         slots = [s.slot for s, _ in sampled]
-        chosen = model.sampler(logits, [sampling for _, sampling in sampled], positions, slots)
+        sampling = [sampling for _, sampling in sampled]
+        wanted = model.sampler.wanted(sampling, positions, slots)
+        logits = model.ops.run(sequences, model.last_tokens, wanted, model.sums)
+        if not sampled:
+            return Sampled(tokens=[], logprobs=[])
+        chosen = model.sampler(logits, sampling, positions, slots)
         model.last_tokens[slots] = chosen.tokens
         return chosen
 

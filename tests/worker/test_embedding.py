@@ -194,7 +194,7 @@ def mean_of(folder: Path, world: int, ids: list[int], sizes: list[int], kernels:
         start = 0
         for size in sizes:
             step = SequenceStep(0, start, ids[start : start + size], table, None, pooled=len(ids))
-            model.ops.run([step], model.last_tokens, sums)
+            model.ops.run([step], model.last_tokens, sums=sums)
             start += size
         of_rank[comm.rank] = (sums[0] / len(ids)).astype(np.float32)
 

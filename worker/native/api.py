@@ -16,6 +16,7 @@ import torch
 from shared.errors import ConfigError
 from shared.worker_messages import SequenceStep
 from worker.native.library import load_library
+from worker.native.sampling import HeadAnswer, Wanted
 
 GROUP = 32
 """Consecutive inputs of a weight that share a scale; inputs are filled up to whole groups."""
@@ -77,7 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
-    "tps_program_best": (None, (_POINTER, _INT)),
+    "tps_program_head": (None, (_POINTER, _INT, _POINTER, ctypes.c_uint64, _POINTER, _INT)),
     "tps_program_add_bias": (None, (_POINTER, _INT, _POINTER)),
     "tps_program_rope_store": (
         None,
@@ -237,9 +238,13 @@ class _Step(ctypes.Structure):
         ("ids", ctypes.c_void_p),
         ("sequences", ctypes.c_void_p),
         ("logit_rows", ctypes.c_void_p),
+        ("wanted", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
+        ("top_count", ctypes.c_int32),
+        ("top", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("logit_stride", ctypes.c_size_t),
-        ("best", ctypes.c_void_p),
         ("pooled", ctypes.c_void_p),
         ("pooled_count", ctypes.c_int32),
     )
@@ -249,6 +254,10 @@ _SEQUENCE = np.dtype(
     [("first", "i4"), ("count", "i4"), ("start", "i4"), ("padding", "i4"), ("blocks", "u8")]
 )
 _POOLED = np.dtype([("first", "i4"), ("count", "i4"), ("sum", "u8")])
+
+
+_NOTHING: npt.NDArray[np.float64] = np.empty((0, 0, 0))
+_NO_LOGITS: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
 
 
 class StepArrays:
@@ -263,19 +272,17 @@ class StepArrays:
         self._table = np.empty(0, dtype=np.int32)
         self._table_address = 0
         self._logit_rows = np.empty(0, dtype=np.int32)
-        self._logits = np.empty(0, dtype=np.float32)
         self._best = np.empty((0, 2))
 
     def fill(
         self,
         sequences: Sequence[SequenceStep],
         last_tokens: npt.NDArray[np.int64],
-        logit_columns: int,
         sums: Mapping[int, Float64s],
         *,
         every_token: bool = False,
-    ) -> tuple[npt.NDArray[np.float32], Float64s]:
-        """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be.
+    ) -> int:
+        """Describes a step. Returns B, how many rows of logits it has.
 
         sums: by slot, where hidden states of sequences whose mean is wanted are added.
         every_token: B are all tokens of the step, not the last ones of sequences that want a token.
@@ -310,19 +317,32 @@ class StepArrays:
         self._ids[:tokens] = ids
         self._rows[: len(rows)] = rows
         self._logit_rows[:wanted] = logit_rows
-        if wanted * logit_columns > self._logits.size or wanted > len(self._best):
-            self._logits = np.empty(2 * wanted * logit_columns, dtype=np.float32)
-            self._best = np.empty((2 * wanted, 2))
-            self._struct.logits = self._logits.ctypes.data
-            self._struct.best = self._best.ctypes.data
         step = self._struct
         self.tokens = step.tokens = tokens
         step.sequence_count, step.logit_count = len(rows), wanted
         self._pooled = np.array(pooled, dtype=_POOLED)
         step.pooled, step.pooled_count = self._pooled.ctypes.data, len(pooled)
-        step.logit_stride = logit_columns
-        logits = self._logits[: wanted * logit_columns].reshape(wanted, logit_columns)
-        return logits, self._best[:wanted]
+        return wanted
+
+    def ask(self, wanted: Wanted, shards: int, columns: int) -> HeadAnswer:
+        """Says what is wanted of the rows of logits, and where the library is to put it.
+
+        shards: virtual shards that hold tokens. columns: of a whole row.
+        """
+        step, rows, whole = self._struct, len(wanted.rows), wanted.whole
+        if rows > len(self._best):
+            self._best = np.empty((2 * rows, 2))
+            self._struct.best = self._best.ctypes.data
+        top = sums = _NOTHING
+        if wanted.count:
+            top, sums = np.empty((rows, 2, wanted.count)), np.empty((rows, shards, 2))
+            step.top, step.sums = top.ctypes.data, sums.ctypes.data
+        logits = _NO_LOGITS
+        if whole:
+            logits = np.empty((len(whole), columns), dtype=np.float32)
+            step.logits, step.logit_stride = logits.ctypes.data, columns
+        step.wanted, step.top_count = wanted.address, wanted.count
+        return HeadAnswer(self._best[:rows], top, sums, logits)
 
     def _reserve_tokens(self, tokens: int) -> None:
         if tokens > self._capacity:

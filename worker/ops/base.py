@@ -15,6 +15,7 @@ import torch
 
 from shared.worker_messages import SequenceStep
 from worker.comm.base import Floats
+from worker.native.sampling import Wanted
 from worker.sampling.vocabulary import Doubles, Ints, StepLogits
 
 Value = Any
@@ -83,10 +84,17 @@ class Ops(Protocol):
     def table(self, rows: torch.Tensor) -> Weight:
         """The embedding [vocabulary, hidden], a mapped file that is not copied."""
 
-    def weight(self, source: Source, *, head_dim: int | None = None, head: bool = False) -> Weight:
+    def weight(
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
+    ) -> Weight:
         """A weight [N, K] whose outputs are this rank's.
 
-        head_dim: its outputs are attention heads of so many numbers. head: they are logits.
+        head_dim: its outputs are attention heads of so many numbers. token_ids: they are the logits of
+        these tokens, by virtual shard.
         """
 
     def row_weight(
@@ -178,15 +186,17 @@ class Ops(Protocol):
         self,
         sequences: Sequence[SequenceStep],
         last_tokens: Ints,
+        wanted: Wanted | None = None,
         sums: Mapping[int, Doubles] = NO_SUMS,
         *,
         every_token: bool = False,
     ) -> StepLogits:
         """One forward pass: logits [B, own tokens] of the sequences that want a token.
 
-        last_tokens: by slot, for sequences that bring no tokens. sums: by slot, [hidden], to which the
-        normed hidden states of sequences with `pooled` are added, token by token. every_token: logits
-        [T, own tokens] after every token of the step instead. Raises CommError.
+        last_tokens: by slot, for sequences that bring no tokens. wanted: of each row; more may be
+        given. None: all logits. sums: by slot, [hidden], to which the normed hidden states of
+        sequences with `pooled` are added, token by token. every_token: logits [T, own tokens] after
+        every token of the step instead. Raises CommError.
         """
 
     @property

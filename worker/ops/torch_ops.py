@@ -15,6 +15,7 @@ from shared.messages import BLOCK_TOKENS
 from shared.worker_messages import SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
+from worker.native.sampling import Wanted
 from worker.ops.base import NO_SUMS, HeadLayout, HeadNorms, RopeTable, Source
 from worker.sampling.vocabulary import Doubles, Ints, StepLogits, best_of
 
@@ -112,7 +113,11 @@ class TorchOps:
         return rows
 
     def weight(
-        self, source: Source, *, head_dim: int | None = None, head: bool = False
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
     ) -> torch.Tensor:
         """See Ops."""
         return self._count(source.read().to(self._dtype))
@@ -259,6 +264,7 @@ class TorchOps:
         self,
         sequences: Sequence[SequenceStep],
         last_tokens: Ints,
+        wanted: Wanted | None = None,
         sums: Mapping[int, Doubles] = NO_SUMS,
         *,
         every_token: bool = False,
@@ -267,7 +273,7 @@ class TorchOps:
         assert self._forward is not None, "allocate comes before steps"
         self._step = prepare(sequences, last_tokens, self._window, sums, every_token)
         logits: Floats = self._forward().numpy()
-        return StepLogits(logits, best_of(logits))
+        return StepLogits(logits, best_of(logits), range(len(logits)))
 
 
 def prepare(
