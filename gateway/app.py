@@ -19,6 +19,7 @@ from gateway.logs import RequestLog
 from gateway.metrics import Metrics
 from gateway.openai_routes import openai_routes
 from gateway.operator_routes import health_routes, model_routes
+from gateway.session_routes import session_routes
 from gateway.settings import HttpSettings
 from gateway.token_routes import token_routes
 from shared.errors import InvalidRequestError, TpserveError
@@ -43,6 +44,7 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
     app.include_router(token_routes(gateway))
     app.include_router(health_routes(gateway))
     app.include_router(model_routes(gateway))
+    app.include_router(session_routes(gateway))
     app.add_exception_handler(TpserveError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(ClientDisconnect, _tell_nobody)
@@ -54,7 +56,7 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=settings.cors_origin,
-            allow_methods=("GET", "POST", "DELETE"),
+            allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
             allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
             expose_headers=("X-Request-Id", "Retry-After"),
         )

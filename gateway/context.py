@@ -9,6 +9,9 @@ from client.zmq_client import AsyncClient
 from gateway.metrics import Metrics
 from gateway.settings import HttpSettings
 
+NO_KEYS_USER = "local"
+"""Who everybody is when the gateway has no keys; clients over ZeroMQ are the same one."""
+
 
 @dataclass(frozen=True)
 class Gateway:
@@ -30,6 +33,11 @@ def request_id(request: Request) -> str:
 def once(request: Request) -> str:
     """An id for the coordinator, which wants no two requests with the same one at a time."""
     return f"{request_id(request)}-{id(request):x}"
+
+
+def user(request: Request) -> str:
+    """Whose sessions and jobs a request is about: the name of its key, "local" without keys."""
+    return getattr(request.state, "user", NO_KEYS_USER)
 
 
 def note(request: Request, **fields: object) -> None:

@@ -1,4 +1,4 @@
-"""The routes of who runs the server: health, version, metrics, models that come and go."""
+"""The routes of who runs the server: health, status, metrics, models that come and go."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from client.requests import LoadOptions
-from gateway.body import convert, read_object
+from gateway.body import convert, read_object, read_query
 from gateway.context import Gateway, note, once
-from gateway.errors import ParameterError, json_response
+from gateway.errors import json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
+from gateway.plain import plain
 from shared.errors import ConnectionLostError, TpserveError
 from shared.messages import Load, Loading, ModelInfo, ModelName, Status
 
@@ -34,8 +35,12 @@ class _LoadBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
 
 
+class _UnloadQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    force: bool = False
+
+
 def health_routes(gateway: Gateway) -> APIRouter:
-    """Health, version and metrics."""
+    """Health, status, version and metrics."""
     router = APIRouter()
 
     @router.get("/health/live")
@@ -60,6 +65,10 @@ def health_routes(gateway: Gateway) -> APIRouter:
     @router.get("/version")
     async def show_version() -> Response:
         return json_response({"version": VERSION})
+
+    @router.get("/api/status")
+    async def status() -> Response:
+        return json_response(plain(await gateway.client.status()))
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -109,7 +118,7 @@ def model_routes(gateway: Gateway) -> APIRouter:
     @router.delete("/{name:path}")
     async def unload(request: Request, name: str) -> Response:
         note(request, model=name)
-        force = _flag(request, "force")
+        force = read_query(request, _UnloadQuery).force
         freed = gateway.client.unload(name, force=force, request_id=once(request))
         return json_response(
             {"model": name, "freed_bytes": await unless_gone(request.receive, freed)}
@@ -155,13 +164,3 @@ def _load_options(wanted: _LoadBody) -> LoadOptions:
     }
     convert({"op": "load", "id": "x", "name": wanted.name, "path": wanted.path, **given}, Load)
     return msgspec.convert(given, LoadOptions)
-
-
-def _flag(request: Request, name: str) -> bool:
-    for other in request.query_params:
-        if other != name:
-            raise ParameterError(other, f"{other} is not known: leave it out")
-    value = request.query_params.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise ParameterError(name, f"{name} is {value!r}: write true or false")
-    return value in ("true", "1")

@@ -24,7 +24,12 @@ def running(client: Client) -> int:
     return status.running + sum(status.queued.values())
 
 
-def raw_post(port: int, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+def raw_post(
+    port: int,
+    body: dict[str, Any],
+    receive_buffer: int | None = None,
+    path: str = "/v1/completions",
+) -> socket.socket:
     """Send a request over a plain socket; the answer is left unread."""
     connection = socket.socket()
     if receive_buffer is not None:
@@ -32,8 +37,9 @@ def raw_post(port: int, body: dict[str, Any], receive_buffer: int | None = None)
     connection.connect(("127.0.0.1", port))
     content = json.dumps(body).encode()
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(content) + content
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n".encode()
+        + content
     )
     return connection
 

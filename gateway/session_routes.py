@@ -1,0 +1,202 @@
+"""The routes of sessions: conversations and stories that the server keeps, and their turns."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from client.zmq_client import AsyncStream
+from gateway.body import convert, read_object, read_query
+from gateway.context import Gateway, note, once, user
+from gateway.errors import json_response
+from gateway.event_stream import DONE, EventStream, data, unless_gone
+from gateway.jobs import JobEvent, accepted, results
+from gateway.plain import named, plain, request_from
+from shared.errors import TpserveError
+from shared.messages import Done, Started
+from shared.protocol import Event
+from shared.session_messages import (
+    ContinueTurn,
+    CreateSession,
+    DeleteSession,
+    EditTurn,
+    ExportSession,
+    GetSession,
+    ImportSession,
+    ListSessions,
+    Redo,
+    Regenerate,
+    Rollback,
+    SearchSessions,
+    SelectBranch,
+    SendTurn,
+    SessionExported,
+    SessionGone,
+    SessionHits,
+    SessionRequest,
+    Sessions,
+    SessionState,
+    StoredId,
+    TurnRequest,
+    Undo,
+)
+
+E = TypeVar("E", bound=Event)
+Route = Callable[[Request, str], Awaitable[Response]]
+
+CHANGES: Mapping[str, type[Rollback | SelectBranch | Undo | Redo]] = {
+    "rollback": Rollback,
+    "branch": SelectBranch,
+    "undo": Undo,
+    "redo": Redo,
+}
+TURNS: Mapping[str, type[TurnRequest]] = {
+    "send": SendTurn,
+    "regenerate": Regenerate,
+    "edit": EditTurn,
+    "continue": ContinueTurn,
+}
+
+
+class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which sessions to list."""
+
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 50
+    cursor: Annotated[str, Meta(max_length=64)] | None = None
+
+
+class SearchQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """What to look for."""
+
+    query: Annotated[str, Meta(min_length=1, max_length=256)]
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 50
+
+
+class _Path(Struct, frozen=True):
+    session: StoredId
+
+
+def session_routes(gateway: Gateway) -> APIRouter:
+    """Everything under /api/sessions."""
+    router = APIRouter(prefix="/api/sessions")
+
+    @router.get("")
+    async def sessions(request: Request) -> Response:
+        wanted = read_query(request, PageQuery)
+        question = ListSessions(
+            id=once(request), user=user(request), limit=wanted.limit, cursor=wanted.cursor
+        )
+        return json_response(plain(await _ask(gateway, request, question, Sessions)))
+
+    @router.post("")
+    async def create(request: Request) -> Response:
+        wanted = request_from(CreateSession, await _body(gateway, request), **_head(request))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
+
+    @router.get("/search")
+    async def search(request: Request) -> Response:
+        wanted = read_query(request, SearchQuery)
+        question = SearchSessions(
+            id=once(request), user=user(request), text=wanted.query, limit=wanted.limit
+        )
+        return json_response(plain(await _ask(gateway, request, question, SessionHits)))
+
+    @router.post("/import")
+    async def import_(request: Request) -> Response:
+        exported = await _body(gateway, request)
+        wanted = request_from(ImportSession, {"data": exported}, **_head(request))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
+
+    @router.get("/{session}")
+    async def get(request: Request, session: str) -> Response:
+        wanted = GetSession(id=once(request), user=user(request), session=_stored_id(session))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+
+    @router.delete("/{session}")
+    async def delete(request: Request, session: str) -> Response:
+        wanted = DeleteSession(id=once(request), user=user(request), session=_stored_id(session))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionGone)))
+
+    @router.get("/{session}/export")
+    async def export(request: Request, session: str) -> Response:
+        wanted = ExportSession(id=once(request), user=user(request), session=_stored_id(session))
+        return json_response((await _ask(gateway, request, wanted, SessionExported)).data)
+
+    for name, change in CHANGES.items():
+        router.add_api_route(f"/{{session}}/{name}", _changing(gateway, change), methods=["POST"])
+    for name, turn in TURNS.items():
+        router.add_api_route(f"/{{session}}/{name}", _taking(gateway, turn), methods=["POST"])
+    return router
+
+
+def _changing(gateway: Gateway, kind: type[Rollback | SelectBranch | Undo | Redo]) -> Route:
+    async def change(request: Request, session: str) -> Response:
+        body = await _body(gateway, request, optional=True)
+        wanted = request_from(kind, body, session=_stored_id(session), **_head(request))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+
+    return change
+
+
+def _taking(gateway: Gateway, kind: type[TurnRequest]) -> Route:
+    async def take_turn(request: Request, session: str) -> Response:
+        # Unlike over ZeroMQ, an answer is whole unless a stream is asked for.
+        body = {"stream": False, **await _body(gateway, request, optional=True)}
+        wanted = request_from(kind, body, session=_stored_id(session), **_head(request))
+        note(request, session=wanted.session)
+        stream = gateway.client.start(wanted)
+        if not wanted.stream:
+            return json_response(await _whole_turn(gateway, request, stream))
+        events = await unless_gone(request.receive, accepted([stream]))
+        return EventStream(
+            _turn_events(gateway, request, events),
+            ping_s=gateway.settings.ping,
+            slow_reader_s=gateway.settings.slow_reader,
+            on_end=gateway.metrics.stream_ended,
+        )
+
+    return take_turn
+
+
+async def _whole_turn(gateway: Gateway, request: Request, stream: AsyncStream) -> dict[str, Any]:
+    (done,) = await unless_gone(request.receive, results([stream]))
+    gateway.metrics.job_done(done)
+    note(request, model=done.model)
+    if stream.stored is None:
+        raise TpserveError("the coordinator has not said what it stored of the turn")
+    return {"stored": plain(stream.stored), "result": plain(done)}
+
+
+async def _turn_events(
+    gateway: Gateway, request: Request, events: AsyncGenerator[JobEvent, None]
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for _, event in events:
+            if isinstance(event, Started):
+                note(request, model=event.model)
+            if isinstance(event, Done):
+                gateway.metrics.job_done(event)
+            yield data(named(event))
+    yield DONE
+
+
+async def _ask(gateway: Gateway, request: Request, wanted: SessionRequest, answer: type[E]) -> E:
+    return await unless_gone(request.receive, gateway.client.ask(wanted, answer))
+
+
+async def _body(gateway: Gateway, request: Request, *, optional: bool = False) -> dict[str, Any]:
+    limits = gateway.settings
+    return await read_object(request, limits.max_body_bytes, limits.body_timeout, optional=optional)
+
+
+def _head(request: Request) -> dict[str, str]:
+    return {"id": once(request), "user": user(request)}
+
+
+def _stored_id(text: str) -> int:
+    """A session's number in a path. Raises ParameterError."""
+    return convert({"session": text}, _Path, strict=False).session
