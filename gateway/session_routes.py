@@ -4,19 +4,29 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
 
+import msgspec
 from fastapi import APIRouter
 from msgspec import Meta, Struct
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
 from client.zmq_client import AsyncStream
-from gateway.body import convert, read_object, read_query
+from gateway.body import read_object, read_query
 from gateway.context import Gateway, note, once, user
 from gateway.errors import json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
 from gateway.jobs import JobEvent, accepted, results
+from gateway.openapi import COORDINATOR, JOB_ERRORS, operation
+from gateway.openapi_types import answer_of, body_of
 from gateway.plain import named, plain, request_from
-from shared.errors import TpserveError
+from shared.errors import (
+    DatabaseError,
+    SessionBusyError,
+    SessionNotFoundError,
+    SessionsOffError,
+    TpserveError,
+)
 from shared.messages import Done, Started
 from shared.protocol import Event
 from shared.session_messages import (
@@ -34,6 +44,7 @@ from shared.session_messages import (
     SearchSessions,
     SelectBranch,
     SendTurn,
+    SessionExport,
     SessionExported,
     SessionGone,
     SessionHits,
@@ -42,11 +53,12 @@ from shared.session_messages import (
     SessionState,
     StoredId,
     TurnRequest,
+    TurnStored,
     Undo,
 )
 
 E = TypeVar("E", bound=Event)
-Route = Callable[[Request, str], Awaitable[Response]]
+Route = Callable[[Request, int], Awaitable[Response]]
 
 CHANGES: Mapping[str, type[Rollback | SelectBranch | Undo | Redo]] = {
     "rollback": Rollback,
@@ -60,6 +72,18 @@ TURNS: Mapping[str, type[TurnRequest]] = {
     "edit": EditTurn,
     "continue": ContinueTurn,
 }
+
+STATE = answer_of(SessionState, "SessionStateBody")
+PATH = {"session": StoredId}
+ERRORS = (*COORDINATOR, DatabaseError, SessionsOffError)
+ABOUT_ONE = (*ERRORS, SessionNotFoundError, SessionBusyError)
+TURN = msgspec.defstruct(
+    "EndedTurn",
+    [
+        ("stored", answer_of(TurnStored, "StoredTurn")),
+        ("result", answer_of(Done, "TurnResult")),
+    ],
+)
 
 
 class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,15 +100,33 @@ class SearchQuery(Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 50
 
 
-class _Path(Struct, frozen=True):
-    session: StoredId
+class _IdConvertor(Convertor[int]):
+    regex = "[0-9]{1,19}"
+
+    def convert(self, value: str) -> int:
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+# So that the other paths below /api/sessions are no sessions.
+register_url_convertor("stored_id", _IdConvertor())
 
 
 def session_routes(gateway: Gateway) -> APIRouter:
     """Everything under /api/sessions."""
     router = APIRouter(prefix="/api/sessions")
 
-    @router.get("")
+    @router.get(
+        "",
+        **operation(
+            "Sessions, those changed last first",
+            query=PageQuery,
+            answer=answer_of(Sessions, "SessionPage"),
+            errors=ERRORS,
+        ),
+    )
     async def sessions(request: Request) -> Response:
         wanted = read_query(request, PageQuery)
         question = ListSessions(
@@ -92,12 +134,29 @@ def session_routes(gateway: Gateway) -> APIRouter:
         )
         return json_response(plain(await _ask(gateway, request, question, Sessions)))
 
-    @router.post("")
+    @router.post(
+        "",
+        **operation(
+            "Start a session",
+            body=body_of(CreateSession, "CreateSessionBody"),
+            answer=STATE,
+            status=201,
+            errors=ERRORS,
+        ),
+    )
     async def create(request: Request) -> Response:
         wanted = request_from(CreateSession, await _body(gateway, request), **_head(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
 
-    @router.get("/search")
+    @router.get(
+        "/search",
+        **operation(
+            "Where all words occur together",
+            query=SearchQuery,
+            answer=answer_of(SessionHits, "SearchResult"),
+            errors=ERRORS,
+        ),
+    )
     async def search(request: Request) -> Response:
         wanted = read_query(request, SearchQuery)
         question = SearchSessions(
@@ -105,48 +164,96 @@ def session_routes(gateway: Gateway) -> APIRouter:
         )
         return json_response(plain(await _ask(gateway, request, question, SessionHits)))
 
-    @router.post("/import")
+    @router.post(
+        "/import",
+        **operation(
+            "Make a session of an exported one",
+            body=SessionExport,
+            answer=STATE,
+            status=201,
+            errors=ERRORS,
+        ),
+    )
     async def import_(request: Request) -> Response:
         exported = await _body(gateway, request)
         wanted = request_from(ImportSession, {"data": exported}, **_head(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
 
-    @router.get("/{session}")
-    async def get(request: Request, session: str) -> Response:
-        wanted = GetSession(id=once(request), user=user(request), session=_stored_id(session))
+    @router.get(
+        "/{session:stored_id}",
+        **operation("A session and its selected path", path=PATH, answer=STATE, errors=ABOUT_ONE),
+    )
+    async def get(request: Request, session: int) -> Response:
+        wanted = request_from(GetSession, {}, session=session, **_head(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
 
-    @router.delete("/{session}")
-    async def delete(request: Request, session: str) -> Response:
-        wanted = DeleteSession(id=once(request), user=user(request), session=_stored_id(session))
+    @router.delete(
+        "/{session:stored_id}",
+        **operation(
+            "Delete a session",
+            path=PATH,
+            answer=answer_of(SessionGone, "DeletedSession"),
+            errors=ABOUT_ONE,
+        ),
+    )
+    async def delete(request: Request, session: int) -> Response:
+        wanted = request_from(DeleteSession, {}, session=session, **_head(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionGone)))
 
-    @router.get("/{session}/export")
-    async def export(request: Request, session: str) -> Response:
-        wanted = ExportSession(id=once(request), user=user(request), session=_stored_id(session))
+    @router.get(
+        "/{session:stored_id}/export",
+        **operation("All of a session", path=PATH, answer=SessionExport, errors=ABOUT_ONE),
+    )
+    async def export(request: Request, session: int) -> Response:
+        wanted = request_from(ExportSession, {}, session=session, **_head(request))
         return json_response((await _ask(gateway, request, wanted, SessionExported)).data)
 
     for name, change in CHANGES.items():
-        router.add_api_route(f"/{{session}}/{name}", _changing(gateway, change), methods=["POST"])
+        router.add_api_route(
+            f"/{{session:stored_id}}/{name}",
+            _changing(gateway, change),
+            methods=["POST"],
+            **operation(
+                change.__doc__ or "",
+                path=PATH,
+                body=body_of(change, f"{change.__name__}Body"),
+                optional_body=True,
+                answer=STATE,
+                errors=ABOUT_ONE,
+            ),
+        )
     for name, turn in TURNS.items():
-        router.add_api_route(f"/{{session}}/{name}", _taking(gateway, turn), methods=["POST"])
+        router.add_api_route(
+            f"/{{session:stored_id}}/{name}",
+            _taking(gateway, turn),
+            methods=["POST"],
+            **operation(
+                turn.__doc__ or "",
+                path=PATH,
+                body=body_of(turn, f"{turn.__name__}Body", stream=False),
+                optional_body=True,
+                answer=TURN,
+                streams=True,
+                errors=(*ABOUT_ONE, *JOB_ERRORS),
+            ),
+        )
     return router
 
 
 def _changing(gateway: Gateway, kind: type[Rollback | SelectBranch | Undo | Redo]) -> Route:
-    async def change(request: Request, session: str) -> Response:
+    async def change(request: Request, session: int) -> Response:
         body = await _body(gateway, request, optional=True)
-        wanted = request_from(kind, body, session=_stored_id(session), **_head(request))
+        wanted = request_from(kind, body, session=session, **_head(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
 
     return change
 
 
 def _taking(gateway: Gateway, kind: type[TurnRequest]) -> Route:
-    async def take_turn(request: Request, session: str) -> Response:
+    async def take_turn(request: Request, session: int) -> Response:
         # Unlike over ZeroMQ, an answer is whole unless a stream is asked for.
         body = {"stream": False, **await _body(gateway, request, optional=True)}
-        wanted = request_from(kind, body, session=_stored_id(session), **_head(request))
+        wanted = request_from(kind, body, session=session, **_head(request))
         note(request, session=wanted.session)
         stream = gateway.client.start(wanted)
         if not wanted.stream:
@@ -195,8 +302,3 @@ async def _body(gateway: Gateway, request: Request, *, optional: bool = False) -
 
 def _head(request: Request) -> dict[str, str]:
     return {"id": once(request), "user": user(request)}
-
-
-def _stored_id(text: str) -> int:
-    """A session's number in a path. Raises ParameterError."""
-    return convert({"session": text}, _Path, strict=False).session

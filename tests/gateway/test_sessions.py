@@ -149,7 +149,7 @@ def test_a_session_takes_one_turn_at_a_time(api: httpx.Client) -> None:
     session = create(api, params=LONG)
     path = f"/api/sessions/{session}"
     with api.stream("POST", f"{path}/send", json={"text": "Hello!", "stream": True}) as first:
-        pieces = first.iter_bytes()
+        pieces = first.iter_bytes()  # while it is kept, so is the connection
         next(pieces)
         for refused in (
             api.post(f"{path}/send", json={"text": "more"}),
@@ -159,7 +159,6 @@ def test_a_session_takes_one_turn_at_a_time(api: httpx.Client) -> None:
         ):
             assert refused.status_code == 409, refused.text
             assert refused.json()["error"]["code"] == "session_busy"
-        pieces.close()
 
 
 def test_what_is_wrong_is_refused_with_its_name(api: httpx.Client) -> None:
@@ -175,7 +174,8 @@ def test_what_is_wrong_is_refused_with_its_name(api: httpx.Client) -> None:
         ("POST", f"{path}/send", {"text": "x", "params": {"top_p": 7}}, "params.top_p"),
         ("POST", f"{path}/rollback", {}, "message"),
         ("POST", f"{path}/undo", {"steps": 2}, "steps"),
-        ("POST", "/api/sessions/none/undo", {}, "session"),
+        ("POST", "/api/sessions/0/undo", {}, "session"),
+        ("GET", f"/api/sessions/{10**19 - 1}", None, "session"),
         ("POST", "/api/sessions/import", {"format": "x"}, "data.format"),
         ("GET", "/api/sessions?limit=0", None, "limit"),
         ("GET", "/api/sessions?limit=1&limit=2", None, "limit"),
@@ -191,6 +191,14 @@ def test_what_is_wrong_is_refused_with_its_name(api: httpx.Client) -> None:
     echo = api.post("/api/sessions", json={"kind": "chat", "params": {"echo": True}})
     assert echo.status_code == 400
     assert echo.json()["error"]["param"] is None
+
+
+def test_only_numbers_are_sessions(api: httpx.Client) -> None:
+    for path in ("none", "-1", "1.5", "9" * 20, "9" * 6000):
+        answer = api.get(f"/api/sessions/{path}")
+        assert answer.status_code == 404, path
+        assert answer.json()["error"]["code"] == "unknown_url"
+    assert api.delete("/api/sessions/search").status_code == 405
 
 
 def test_what_one_key_keeps_is_not_found_by_another(server: Server, tmp_path: Path) -> None:
