@@ -79,7 +79,7 @@ def chat_request(
     **fields: Unpack[JobOptions],
 ) -> Generate:
     """Answer `messages`, each a Message or a mapping with `role` and `content`."""
-    turns = _turns(messages)
+    turns = as_messages(messages)
     params = SamplingParams(**options)
     return Generate(id=request_id or new_id(), kind="chat", messages=turns, params=params, **fields)
 
@@ -91,10 +91,11 @@ def tokenize_request(
     request_id = request_id or new_id()
     if isinstance(text, str):
         return Tokenize(id=request_id, model=model, prompt=text)
-    return Tokenize(id=request_id, model=model, messages=_turns(text))
+    return Tokenize(id=request_id, model=model, messages=as_messages(text))
 
 
-def _turns(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
+def as_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
+    """A conversation. Raises InvalidRequestError."""
     try:
         return msgspec.convert(messages, list[Message])
     except msgspec.ValidationError as error:

@@ -8,6 +8,7 @@ from typing import Self
 from client.connection import AsyncConnection, Connection
 from client.errors import JobCancelledError, expect
 from client.exchange import Exchange
+from shared.job_messages import FollowJob
 from shared.messages import Cancelled, Done, Failed, Token
 from shared.protocol import Event, JobRequest
 from shared.session_messages import TurnStored
@@ -28,6 +29,7 @@ class _Answer:
         """The job's last event, once it is read."""
         self.stored: TurnStored | None = None
         """Of a turn: what its session has got by it, once `end` is there."""
+        self._whole = not isinstance(request, FollowJob) and not request.stream
         exchange.open(request)
 
     def cancel(self) -> None:
@@ -55,7 +57,7 @@ class _Answer:
             return event.text
         if isinstance(event, Done | Cancelled):
             # An answer that is not streamed comes whole, with its last event.
-            added = event.text.removeprefix(self.text)
+            added = event.text if self._whole else ""
             self.text, self.token_ids, self.end = event.text, event.token_ids, event
             return added
         if isinstance(event, TurnStored):

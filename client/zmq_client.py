@@ -18,6 +18,7 @@ from typing import Generic, Self, TypeVar, Unpack
 from client.connection import AsyncConnection, Connection
 from client.defaults import DEFAULT_ADDRESS, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 from client.errors import JobCancelledError, RemoteError, expect
+from client.jobs import AsyncJobs, Jobs
 from client.requests import (
     LoadOptions,
     SamplingOptions,
@@ -93,6 +94,11 @@ class Client(_BaseClient[Connection]):
     def sessions(self) -> Sessions:
         """Conversations and stories that the server keeps."""
         return Sessions(self.ask, self._connection)
+
+    @property
+    def jobs(self) -> Jobs:
+        """Generation that goes on without this client."""
+        return Jobs(self.ask, self._connection)
 
     def story(
         self,
@@ -230,6 +236,11 @@ class AsyncClient(_BaseClient[AsyncConnection]):
     def sessions(self) -> AsyncSessions:
         """Conversations and stories that the server keeps."""
         return AsyncSessions(self.ask, self._connection)
+
+    @property
+    def jobs(self) -> AsyncJobs:
+        """Generation that goes on without this client."""
+        return AsyncJobs(self.ask, self._connection)
 
     def story(
         self,

@@ -20,7 +20,7 @@ Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
-UserName = Annotated[str, Meta(min_length=1, max_length=64)]
+UserName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.@-]+$")]
 
 
 # --- client -> coordinator ------------------------------------------------------------------------
@@ -109,8 +109,8 @@ class OwnedRequest(BaseRequest, frozen=True, kw_only=True):
     """As a gateway knows them. Whoever reaches the coordinator's socket may speak for anyone."""
 
 
-class Generate(BaseRequest, frozen=True, kw_only=True, tag="generate"):
-    """Continue `prompt` (a story) or answer `messages` (a chat): exactly one of the two."""
+class PromptRequest(BaseRequest, frozen=True, kw_only=True):
+    """To continue `prompt` (a story) or answer `messages` (a chat): exactly one of the two."""
 
     kind: Kind
     model: ModelName | None = None
@@ -118,7 +118,6 @@ class Generate(BaseRequest, frozen=True, kw_only=True, tag="generate"):
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
     params: SamplingParams = SamplingParams()
-    stream: bool = True
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     """Jobs with a lower number start first."""
     continue_last: bool = False
@@ -134,6 +133,12 @@ class Generate(BaseRequest, frozen=True, kw_only=True, tag="generate"):
             raise ValueError(f"kind {self.kind!r} needs {wanted!r}")
         if getattr(self, other) is not None:
             raise ValueError(f"kind {self.kind!r} takes {wanted!r}, not {other!r}")
+
+
+class Generate(PromptRequest, frozen=True, kw_only=True, tag="generate"):
+    """Generate now, for this client: when it goes away, the job ends."""
+
+    stream: bool = True
 
 
 class Cancel(BaseRequest, frozen=True, kw_only=True, tag="cancel"):

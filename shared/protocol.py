@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.errors import InvalidRequestError, TpserveError
+from shared.job_messages import FollowJob, JobGone, StoredJob, StoredJobRequest, StoredJobs
 from shared.messages import (
     PROTOCOL_VERSION,
     Cancel,
@@ -48,7 +49,7 @@ from shared.session_messages import (
     TurnStored,
 )
 
-JobRequest = Generate | TurnRequest
+JobRequest = Generate | TurnRequest | FollowJob
 """Answered by the events of a job."""
 
 Request = (
@@ -62,6 +63,7 @@ Request = (
     | Tokenize
     | Detokenize
     | SessionRequest
+    | StoredJobRequest
 )
 
 
@@ -87,6 +89,9 @@ Event = (
     | SessionHits
     | SessionExported
     | TurnStored
+    | StoredJob
+    | StoredJobs
+    | JobGone
 )
 TERMINAL_EVENTS = (
     Done,
@@ -99,6 +104,9 @@ TERMINAL_EVENTS = (
     SessionGone,
     SessionHits,
     SessionExported,
+    StoredJob,
+    StoredJobs,
+    JobGone,
 )
 
 

@@ -1,15 +1,17 @@
-"""What several test packages need: the reference material beside the project, if it is there."""
+"""What several test packages need: the reference material beside the project, a PostgreSQL server."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.postgres import Postgres, PostgresMissingError
 
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = PROJECT.parent / "shared"
@@ -42,6 +44,31 @@ def golden(reference: Path) -> list[dict[str, Any]]:
         (reference / "golden" / "story_greedy.json").read_text()
     )["cases"]
     return cases
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL database: that of TPSERVE_TEST_POSTGRES, or one of a server for these tests."""
+    if url := os.environ.get("TPSERVE_TEST_POSTGRES"):
+        yield url
+        return
+    with start_postgres() as postgres:
+        yield postgres.url
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server that the test may stop and start."""
+    with start_postgres() as postgres:
+        yield postgres
+
+
+def start_postgres() -> Postgres:
+    """Skips the test where there is none."""
+    try:
+        return Postgres()
+    except PostgresMissingError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from msgspec.inspect import Field, StructType, multi_type_info, type_info
 
 from shared import errors
 from shared.errors import TpserveError
-from shared.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from shared.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, BaseEvent
 from shared.protocol import Event, Request, decode_events, decode_request
 from shared.sockets import CLIENT_HIGH_WATER_MARK
 from tests.client.conftest import MakePeer
@@ -33,7 +33,9 @@ def headings() -> dict[str, type[Struct]]:
             assert isinstance(info, StructType)
             found[f"{family} `{info.tag}`"] = info.cls
             for module, name in re.findall(r"class '([\w.]+)\.(\w+)'", str(info.fields)):
-                found[f"Object `{name}`"] = getattr(import_module(module), name)
+                message = getattr(import_module(module), name)
+                if not issubclass(message, BaseEvent):  # those have sections of their own
+                    found[f"Object `{name}`"] = message
     return found
 
 
