@@ -14,6 +14,7 @@ from client.zmq_client import AsyncClient
 from gateway.access import KeyGuard, OriginGuard
 from gateway.context import Gateway
 from gateway.errors import MethodError, NoRouteError, error_response
+from gateway.job_routes import job_routes
 from gateway.keys import Keys
 from gateway.logs import RequestLog
 from gateway.metrics import Metrics
@@ -47,6 +48,7 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
         health_routes(gateway),
         model_routes(gateway),
         session_routes(gateway),
+        job_routes(gateway),
     )
     for router in routers:
         app.include_router(router)

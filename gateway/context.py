@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.requests import Request
 
@@ -38,6 +39,11 @@ def once(request: Request) -> str:
 def user(request: Request) -> str:
     """Whose sessions and jobs a request is about: the name of its key, "local" without keys."""
     return getattr(request.state, "user", NO_KEYS_USER)
+
+
+def owned(request: Request) -> dict[str, Any]:
+    """What the coordinator is told of any request about what it keeps for a user."""
+    return {"id": once(request), "user": user(request)}
 
 
 def note(request: Request, **fields: object) -> None:

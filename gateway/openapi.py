@@ -6,6 +6,7 @@ operations of all routes together and replaces the types.
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -72,6 +73,7 @@ def operation(
     answer: type | None,
     status: int = 200,
     streams: bool = False,
+    events_only: bool = False,
     body: type | None = None,
     optional_body: bool = False,
     query: type[Struct] | None = None,
@@ -82,16 +84,22 @@ def operation(
 ) -> dict[str, Any]:
     """What the document says of a route, as keyword arguments of its decorator.
 
-    answer: None: text. streams: events come instead when `stream` asks for them. unready: what a 503
+    answer: None: text. streams: events come instead when `stream` asks for them;
+    events_only: always. unready: what a 503
     answers with, if not an error.
     """
-    kind = "text/plain" if answer is None else "application/json"
-    content: dict[str, Any] = {kind: {"schema": str if answer is None else answer}}
+    content: dict[str, Any] = (
+        {"text/plain": {"schema": str}}
+        if answer is None
+        else {"application/json": {"schema": answer}}
+    )
     responses = {str(status): {"description": "The answer.", "content": content}}
-    if streams:
+    if streams or events_only:
         events: dict[str, Any] = {"text/event-stream": {}}
         told = {"description": "Server-Sent Events: see docs/http.md.", "content": events}
-        if status == 200:
+        if events_only:
+            responses["200"] = told
+        elif status == 200:
             content |= events
         else:
             responses["200"] = told
@@ -113,29 +121,35 @@ def operation(
         responses["503"] = {"description": "Not now.", "content": answer_then}
     parameters = [_parameter("path", name, kind) for name, kind in (path or {}).items()]
     for field in msgspec.structs.fields(query) if query is not None else ():
-        parameters.append(_parameter("query", field.name, field.type, field.required))
+        parameters.append(_parameter("query", field.encode_name, field.type, field.required))
     if parameters:
         told_of["parameters"] = parameters
     return {"openapi_extra": told_of}
 
 
 def trimmed(
-    kind: type[Struct], name: str, without: Collection[str], **defaults: object
+    kind: type[Struct],
+    name: str,
+    without: Collection[str],
+    *,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+    **defaults: object,
 ) -> type[Struct]:
     """A struct of the same fields but for some, to be described; `defaults` change theirs."""
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(kind):
         if field.name in without:
             continue
+        called = renamed.get(field.name, field.name)
         if field.name in defaults:
-            fields.append((field.name, field.type, defaults[field.name]))
+            fields.append((called, field.type, defaults[field.name]))
         elif field.default_factory is not NODEFAULT:
             given = msgspec.field(default_factory=field.default_factory)
-            fields.append((field.name, field.type, given))
+            fields.append((called, field.type, given))
         elif field.default is not NODEFAULT:
-            fields.append((field.name, field.type, field.default))
+            fields.append((called, field.type, field.default))
         else:
-            fields.append((field.name, field.type))
+            fields.append((called, field.type))
     return msgspec.defstruct(
         name,
         fields,

@@ -195,7 +195,7 @@ class UnloadedModel(Struct, frozen=True):
     freed_bytes: int
 
 
-def body_of(kind: type[Struct], name: str, **defaults: object) -> type[Struct]:
+def body_of(kind: type[Struct], name: str, **defaults: Any) -> type[Struct]:
     """Of a request that the coordinator gets."""
     return trimmed(kind, name, NEVER_GIVEN, **defaults)
 

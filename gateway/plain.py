@@ -1,6 +1,7 @@
 """The coordinator's events as the objects that HTTP answers with, and requests from HTTP's bodies."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,9 +32,25 @@ def named(event: Event) -> dict[str, Any]:
     return content
 
 
-def request_from(kind: type[R], body: Mapping[str, Any], **ours: object) -> R:
-    """A request whose fields a client has given, but for `ours`. Raises ParameterError."""
-    for name in ("op", "v", *ours):
+def request_from(
+    kind: type[R],
+    body: Mapping[str, Any],
+    *,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+    **ours: object,
+) -> R:
+    """A request whose fields a client has given, but for `ours`. Raises ParameterError.
+
+    renamed: what bodies call a field, and what the request does.
+    """
+    for name in {"op", "v", *ours, *renamed.values()}.difference(renamed):
         if name in body:
             raise ParameterError(name, f"{name} is not known: leave it out")
-    return convert({**body, "op": kind.__struct_config__.tag, **ours}, kind)
+    given = {renamed.get(name, name): value for name, value in body.items()}
+    try:
+        return convert({**given, "op": kind.__struct_config__.tag, **ours}, kind)
+    except ParameterError as error:
+        for name, ours_is in renamed.items():
+            if error.param == ours_is:
+                raise ParameterError(name, name + error.message.removeprefix(ours_is)) from None
+        raise

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from client.zmq_client import AsyncStream
 from gateway.body import read_object, read_query
-from gateway.context import Gateway, note, once, user
+from gateway.context import Gateway, note, once, owned, user
 from gateway.errors import json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
 from gateway.jobs import JobEvent, accepted, results
@@ -145,7 +145,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
         ),
     )
     async def create(request: Request) -> Response:
-        wanted = request_from(CreateSession, await _body(gateway, request), **_head(request))
+        wanted = request_from(CreateSession, await _body(gateway, request), **owned(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
 
     @router.get(
@@ -176,7 +176,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     )
     async def import_(request: Request) -> Response:
         exported = await _body(gateway, request)
-        wanted = request_from(ImportSession, {"data": exported}, **_head(request))
+        wanted = request_from(ImportSession, {"data": exported}, **owned(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
 
     @router.get(
@@ -184,7 +184,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
         **operation("A session and its selected path", path=PATH, answer=STATE, errors=ABOUT_ONE),
     )
     async def get(request: Request, session: int) -> Response:
-        wanted = request_from(GetSession, {}, session=session, **_head(request))
+        wanted = request_from(GetSession, {}, session=session, **owned(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
 
     @router.delete(
@@ -197,7 +197,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
         ),
     )
     async def delete(request: Request, session: int) -> Response:
-        wanted = request_from(DeleteSession, {}, session=session, **_head(request))
+        wanted = request_from(DeleteSession, {}, session=session, **owned(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionGone)))
 
     @router.get(
@@ -205,7 +205,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
         **operation("All of a session", path=PATH, answer=SessionExport, errors=ABOUT_ONE),
     )
     async def export(request: Request, session: int) -> Response:
-        wanted = request_from(ExportSession, {}, session=session, **_head(request))
+        wanted = request_from(ExportSession, {}, session=session, **owned(request))
         return json_response((await _ask(gateway, request, wanted, SessionExported)).data)
 
     for name, change in CHANGES.items():
@@ -243,7 +243,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
 def _changing(gateway: Gateway, kind: type[Rollback | SelectBranch | Undo | Redo]) -> Route:
     async def change(request: Request, session: int) -> Response:
         body = await _body(gateway, request, optional=True)
-        wanted = request_from(kind, body, session=session, **_head(request))
+        wanted = request_from(kind, body, session=session, **owned(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
 
     return change
@@ -253,7 +253,7 @@ def _taking(gateway: Gateway, kind: type[TurnRequest]) -> Route:
     async def take_turn(request: Request, session: int) -> Response:
         # Unlike over ZeroMQ, an answer is whole unless a stream is asked for.
         body = {"stream": False, **await _body(gateway, request, optional=True)}
-        wanted = request_from(kind, body, session=session, **_head(request))
+        wanted = request_from(kind, body, session=session, **owned(request))
         note(request, session=wanted.session)
         stream = gateway.client.start(wanted)
         if not wanted.stream:
@@ -298,7 +298,3 @@ async def _ask(gateway: Gateway, request: Request, wanted: SessionRequest, answe
 async def _body(gateway: Gateway, request: Request, *, optional: bool = False) -> dict[str, Any]:
     limits = gateway.settings
     return await read_object(request, limits.max_body_bytes, limits.body_timeout, optional=optional)
-
-
-def _head(request: Request) -> dict[str, str]:
-    return {"id": once(request), "user": user(request)}

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server import PROJECT, Server
+from tests.conftest import PROJECT
+from tests.e2e.server import Server
 from tests.gateway.process import GatewayProcess
 
 SCHEMATHESIS = shutil.which("schemathesis") or shutil.which(
@@ -86,8 +87,12 @@ def test_nothing_fails_and_no_answer_is_undocumented(
     assert SCHEMATHESIS is not None
     with gateway.http() as http:
         wanted = {"kind": "story", "params": {"max_tokens": 2}}
+        job = {"id": "fuzzed", "kind": "story", "prompt": "x", "params": {"max_tokens": 2}}
+        assert http.post("/api/jobs", json=job).status_code == 202
         session = http.post("/api/sessions", json=wanted).json()["session"]["id"]
-    (tmp_path / "schemathesis.toml").write_text(f"[parameters]\nsession = {session}\n")
+    (tmp_path / "schemathesis.toml").write_text(
+        f"[parameters]\nsession = {session}\njob = 'fuzzed'\n"
+    )
     run = subprocess.run(
         [
             SCHEMATHESIS,
