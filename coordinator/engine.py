@@ -45,6 +45,7 @@ class SentStep:
     step: int
     model: ServedModel
     sampled: list[Sequence]
+    embedded: list[Sequence]
     passes: int
     sent_at: float
     decodes: bool
@@ -116,6 +117,7 @@ class Engine:
             planned = clock()
             self._desk.report_progress()
             self._model_desk.report_progress()
+            self._sessions.report_progress()
             self._desk.flush()
             totals.wait_s += woken - resting
             totals.plan_s += planned - planning
@@ -190,7 +192,10 @@ class Engine:
             for job in planned.started:
                 self._desk.started(job)
             self._sent.append(
-                SentStep(self._step, model, planned.sampled, planned.passes, now, decodes)
+                SentStep(
+                    *(self._step, model, planned.sampled, planned.embedded),
+                    *(planned.passes, now, decodes),
+                )
             )
             self.cluster.send_plan(
                 StepPlan(
@@ -234,6 +239,9 @@ class Engine:
         for row, sequence in enumerate(sent.sampled):
             if not sequence.finished:  # else it ended while this step was under way
                 self._desk.sampled(sequence, result.tokens[row::rows], result.logprobs[row::rows])
+        for sequence, mean in zip(sent.embedded, result.means, strict=True):
+            if not sequence.finished:
+                self._desk.embedded(sequence, mean)
         if not self.ready and not self._desk.test_pending():
             for problem in self._desk.test_problems.values():
                 raise problem

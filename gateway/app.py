@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from client.zmq_client import AsyncClient
 from gateway.access import KeyGuard, OriginGuard
 from gateway.context import Gateway
+from gateway.embedding_routes import embedding_routes
 from gateway.errors import MethodError, NoRouteError, error_response
 from gateway.job_routes import job_routes
 from gateway.keys import Keys
@@ -44,6 +45,7 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
     )
     routers = (
         openai_routes(gateway),
+        embedding_routes(gateway),
         token_routes(gateway),
         health_routes(gateway),
         model_routes(gateway),

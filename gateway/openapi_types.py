@@ -126,6 +126,15 @@ class Completion(Struct, frozen=True):
     usage: UsageBody
 
 
+class EmbeddingList(Struct, frozen=True):
+    """Vectors by text; see docs/http.md."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+
+
 class ModelBody(Struct, frozen=True):
     """A model that takes jobs."""
 

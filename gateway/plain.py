@@ -10,6 +10,7 @@ from gateway.body import convert
 from gateway.errors import ParameterError
 from shared.messages import BaseRequest
 from shared.protocol import Event
+from shared.session_messages import TurnStored
 
 R = TypeVar("R", bound=BaseRequest)
 
@@ -29,6 +30,8 @@ def named(event: Event) -> dict[str, Any]:
     content: dict[str, Any] = msgspec.to_builtins(event)
     content.pop("id")
     content.pop("v", None)
+    if isinstance(event, TurnStored):
+        content["answer"] = event.answers[0] if event.answers else None
     return content
 
 

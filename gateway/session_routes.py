@@ -30,6 +30,7 @@ from shared.errors import (
 from shared.messages import Done, Started
 from shared.protocol import Event
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     DeleteSession,
@@ -55,6 +56,7 @@ from shared.session_messages import (
     TurnRequest,
     TurnStored,
     Undo,
+    WriteStory,
 )
 
 E = TypeVar("E", bound=Event)
@@ -77,10 +79,13 @@ STATE = answer_of(SessionState, "SessionStateBody")
 PATH = {"session": StoredId}
 ERRORS = (*COORDINATOR, DatabaseError, SessionsOffError)
 ABOUT_ONE = (*ERRORS, SessionNotFoundError, SessionBusyError)
+STORED = msgspec.defstruct(
+    "StoredTurn", [("answer", int | None)], bases=(answer_of(TurnStored, "Stored"),), kw_only=True
+)
 TURN = msgspec.defstruct(
     "EndedTurn",
     [
-        ("stored", answer_of(TurnStored, "StoredTurn")),
+        ("stored", STORED),
         ("result", answer_of(Done, "TurnResult")),
     ],
 )
@@ -199,6 +204,36 @@ def session_routes(gateway: Gateway) -> APIRouter:
     async def delete(request: Request, session: int) -> Response:
         wanted = request_from(DeleteSession, {}, session=session, **owned(request))
         return json_response(plain(await _ask(gateway, request, wanted, SessionGone)))
+
+    @router.patch(
+        "/{session:stored_id}",
+        **operation(
+            "Change a session's title, model, system or params",
+            path=PATH,
+            body=body_of(ConfigureSession, "ConfigureSessionBody"),
+            answer=STATE,
+            errors=ABOUT_ONE,
+        ),
+    )
+    async def configure(request: Request, session: int) -> Response:
+        body = await _body(gateway, request)
+        wanted = request_from(ConfigureSession, body, session=session, **owned(request))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+
+    @router.put(
+        "/{session:stored_id}/text",
+        **operation(
+            "Make a story's whole text another one",
+            path=PATH,
+            body=body_of(WriteStory, "WriteStoryBody"),
+            answer=STATE,
+            errors=ABOUT_ONE,
+        ),
+    )
+    async def write(request: Request, session: int) -> Response:
+        body = await _body(gateway, request)
+        wanted = request_from(WriteStory, body, session=session, **owned(request))
+        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
 
     @router.get(
         "/{session:stored_id}/export",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,23 @@ def pytest_configure() -> None:
     """Who is started in the background ignores Ctrl-C, and would have all that it starts ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["TPSERVE_DATABASE"] = "none"  # the user's own sessions are no place for tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that are slow as a whole come first, or the last one would run on alone in the end."""
+
+    def is_quick(item: pytest.Item) -> bool:
+        file = item.getparent(pytest.Module)
+        return file is None or all(mark.name != "slow" for mark in file.own_markers)
+
+    items.sort(key=is_quick)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder for sockets: the path of tmp_path may be too long for theirs."""
+    with tempfile.TemporaryDirectory(prefix="tests-") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

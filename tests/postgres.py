@@ -35,7 +35,7 @@ class Postgres:
         """Make and start it. Raises PostgresMissingError."""
         self._programs = _find_programs()
         self._as_user = _unprivileged()
-        self._folder = Path(tempfile.mkdtemp(prefix="tpserve-postgres-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="postgres-for-tests-"))
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"postgresql+psycopg://tpserve@/postgres?host={self._folder}"
         """As --database takes it."""

@@ -146,7 +146,7 @@ class Worker:
 
     def _step(self, plan: StepPlan) -> StepResult | None:
         began, in_comm = time.perf_counter(), self._in_comm_s()
-        sampled = self._ready_runner.step(plan)
+        made = self._ready_runner.step(plan)
         self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
@@ -154,8 +154,9 @@ class Worker:
             rank=self._rank,
             epoch=plan.epoch,
             step=plan.step,
-            tokens=sampled.tokens,
-            logprobs=sampled.logprobs,
+            tokens=made.sampled.tokens,
+            logprobs=made.sampled.logprobs,
+            means=[mean.astype("<f4").tobytes() for mean in made.means],
         )
 
     def _in_comm_s(self) -> float:

@@ -223,14 +223,14 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything_and_tells_waiting_clients(
-    how: signal.Signals, slow_model: Path, tmp_path: Path
+    how: signal.Signals, slow_model: Path, short_path: Path
 ) -> None:
     with Server(
         *("--workers", "2", "--model", f"slow={slow_model}"),
-        env={"XDG_RUNTIME_DIR": str(tmp_path)},
+        env={"XDG_RUNTIME_DIR": str(short_path)},
     ) as server:
         with Client(server.wait_ready()) as client:
-            assert list(tmp_path.iterdir())
+            assert list(short_path.iterdir())
             workers = server.workers()
             mapped = shared_memory([psutil.Process(server.process.pid), *workers])
             stream = client.story("The", max_tokens=480, ignore_eos=True)
@@ -240,7 +240,7 @@ def test_a_signal_ends_everything_and_tells_waiting_clients(
                 stream.result()
         assert server.wait_exit(10) == 0
     assert not any(p.is_running() for p in workers)
-    assert not list(tmp_path.iterdir())
+    assert not list(short_path.iterdir())
     assert not any(path.exists() for path in mapped)
 
 
@@ -279,8 +279,8 @@ def test_a_busy_port_is_one_clear_line(address: str, story_model: Path) -> None:
     )
 
 
-def test_a_live_ipc_path_is_not_taken_over(story_model: Path, tmp_path: Path) -> None:
-    path = f"ipc://{tmp_path}/s"
+def test_a_live_ipc_path_is_not_taken_over(story_model: Path, short_path: Path) -> None:
+    path = f"ipc://{short_path}/s"
     with Server("--listen", path, "--model", f"story={story_model}") as first:
         first.wait_ready()
         run = run_tpserve(

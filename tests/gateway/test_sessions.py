@@ -87,6 +87,20 @@ def test_a_conversation_goes_on_back_and_another_way(api: httpx.Client) -> None:
     assert texts(chosen) == texts(state)  # with what was selected below it
 
 
+def test_settings_and_a_storys_text_can_be_changed(api: httpx.Client) -> None:
+    session = create(api, kind="story", title="One")
+    path = f"/api/sessions/{session}"
+    info = api.patch(path, json={"title": "Two", "model": "story"}).json()["session"]
+    assert (info["title"], info["model"]) == ("Two", "story")
+    assert api.patch(path, json={"model": None}).json()["session"]["model"] is None
+    assert api.patch(path, json={}).status_code == 400
+    text = "Once upon a time there was a cat."
+    assert "".join(texts(api.put(f"{path}/text", json={"text": text}).json())) == text
+    stored = api.post(f"{path}/regenerate", json={"params": {**GREEDY, "n": 2}}).json()["stored"]
+    assert len(stored["answers"]) == 2
+    assert stored["answer"] == stored["answers"][0]
+
+
 def test_what_is_kept_can_be_listed_searched_carried_away_and_deleted(api: httpx.Client) -> None:
     ids = [create(api, title=f"wombat number {i}") for i in range(3)]
     page = api.get("/api/sessions", params={"limit": 2}).json()

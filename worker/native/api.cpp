@@ -34,9 +34,23 @@ struct OwnedWeight {
     size_t bytes;
 };
 
+// buffer: -1 if there is none. exchanged: the roots of all ranks are added up instead.
+Delta delta_of(const Program* program, int32_t buffer, int32_t exchanged, const int32_t* roots_per_rank,
+               const int32_t* additions, int32_t addition_count) {
+    Delta delta;
+    delta.buffer = buffer;
+    delta.exchanged = exchanged != 0;
+    if (delta.exchanged) {
+        memcpy(delta.roots_per_rank, roots_per_rank, program->collective()->world() * sizeof(int32_t));
+        memcpy(delta.additions, additions, addition_count * 2 * sizeof(int32_t));
+        delta.addition_count = addition_count;
+    }
+    return delta;
+}
+
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 6; }
+TPS_API int32_t tps_abi_version() { return 7; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
@@ -188,25 +202,33 @@ TPS_API void tps_program_embed(Program* program, const void* table, int32_t form
     program->add(std::move(op));
 }
 
-// delta: -1 if there is none. exchanged: the roots of all ranks are added up instead of a delta.
+// delta, exchanged: see delta_of.
 TPS_API void tps_program_add_norm(Program* program, int32_t x, int32_t delta, int32_t out,
                                   const float* weight, int32_t count, float eps, int32_t of_logits,
                                   int32_t exchanged, const int32_t* roots_per_rank,
                                   const int32_t* additions, int32_t addition_count) {
     auto op = std::make_unique<AddNorm>();
     op->x = x;
-    op->delta = delta;
+    op->delta = delta_of(program, delta, exchanged, roots_per_rank, additions, addition_count);
     op->out = out;
     op->weight = weight;
     op->count = count;
     op->eps = eps;
     op->of_logits = of_logits != 0;
-    op->exchanged = exchanged != 0;
-    if (op->exchanged) {
-        memcpy(op->roots_per_rank, roots_per_rank, program->collective()->world() * sizeof(int32_t));
-        memcpy(op->additions, additions, addition_count * 2 * sizeof(int32_t));
-        op->addition_count = addition_count;
-    }
+    program->add(std::move(op));
+}
+
+// Behind the add_norm of the same x and delta, which has exchanged the roots.
+TPS_API void tps_program_sum_hidden(Program* program, int32_t x, int32_t delta, const float* weight,
+                                    int32_t count, float eps, int32_t exchanged,
+                                    const int32_t* roots_per_rank, const int32_t* additions,
+                                    int32_t addition_count) {
+    auto op = std::make_unique<SumHidden>();
+    op->x = x;
+    op->delta = delta_of(program, delta, exchanged, roots_per_rank, additions, addition_count);
+    op->weight = weight;
+    op->count = count;
+    op->eps = eps;
     program->add(std::move(op));
 }
 

@@ -5,7 +5,7 @@ Everything that the library makes belongs to a Python object here, which gives i
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,7 @@ FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TORCH_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Int32s = npt.NDArray[np.int32]
+Float64s = npt.NDArray[np.float64]
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -66,6 +67,13 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (
             *(_POINTER, _INT, _INT, _INT, _POINTER, _INT, ctypes.c_float),
             *(_INT, _INT, _POINTER, _POINTER, _INT),
+        ),
+    ),
+    "tps_program_sum_hidden": (
+        None,
+        (
+            *(_POINTER, _INT, _INT, _POINTER, _INT, ctypes.c_float),
+            *(_INT, _POINTER, _POINTER, _INT),
         ),
     ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
@@ -232,12 +240,15 @@ class _Step(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("logit_stride", ctypes.c_size_t),
         ("best", ctypes.c_void_p),
+        ("pooled", ctypes.c_void_p),
+        ("pooled_count", ctypes.c_int32),
     )
 
 
 _SEQUENCE = np.dtype(
     [("first", "i4"), ("count", "i4"), ("start", "i4"), ("padding", "i4"), ("blocks", "u8")]
 )
+_POOLED = np.dtype([("first", "i4"), ("count", "i4"), ("sum", "u8")])
 
 
 class StepArrays:
@@ -260,16 +271,19 @@ class StepArrays:
         sequences: Sequence[SequenceStep],
         last_tokens: npt.NDArray[np.int64],
         logit_columns: int,
+        sums: Mapping[int, Float64s],
         *,
         every_token: bool = False,
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    ) -> tuple[npt.NDArray[np.float32], Float64s]:
         """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be.
 
+        sums: by slot, where hidden states of sequences whose mean is wanted are added.
         every_token: B are all tokens of the step, not the last ones of sequences that want a token.
         """
         ids: list[int] = []
         rows: list[tuple[int, int, int, int, int]] = []
         logit_rows: list[int] = []
+        pooled: list[tuple[int, int, int]] = []
         table = b"".join([s.blocks for s in sequences])
         self._reserve(len(sequences), len(table) // 4)
         at = self._table_address
@@ -283,6 +297,8 @@ class StepArrays:
             at += len(s.blocks)
             if s.sampling is not None:
                 logit_rows.append(len(ids) - 1)
+            if s.pooled:
+                pooled.append((first, len(ids) - first, sums[s.slot].ctypes.data))
         if every_token:
             logit_rows = list(range(len(ids)))
         tokens, wanted = len(ids), len(logit_rows)
@@ -302,6 +318,8 @@ class StepArrays:
         step = self._struct
         self.tokens = step.tokens = tokens
         step.sequence_count, step.logit_count = len(rows), wanted
+        self._pooled = np.array(pooled, dtype=_POOLED)
+        step.pooled, step.pooled_count = self._pooled.ctypes.data, len(pooled)
         step.logit_stride = logit_columns
         logits = self._logits[: wanted * logit_columns].reshape(wanted, logit_columns)
         return logits, self._best[:wanted]

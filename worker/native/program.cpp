@@ -139,6 +139,7 @@ int Program::run(const Step& step, int first) {
     int stopped = kDone;
     const std::function<void(int)> operations = [&](int thread) {
         for (size_t i = first; i < ops_.size(); ++i) {
+            if (!ops_[i]->wanted(step)) continue;
             ops_[i]->run(*this, step, thread);
             // Read before the barrier, behind which thread 0 may already be in the next exchange.
             const bool lost = lost_ >= 0;
@@ -167,9 +168,24 @@ void Embed::run(Program& program, const Step& step, int thread) {
     }
 }
 
-void AddNorm::run(Program& program, const Step& step, int thread) {
-    Collective* collective = program.collective();
+void Delta::add_to(float* row, Program& program, const Step& step, int token, int size) const {
+    const float* terms[kMaxRoots];
+    int term_count = 0;
     if (exchanged) {
+        const Collective* collective = program.collective();
+        for (int rank = 0; rank < collective->world(); ++rank) {
+            const float* roots = reinterpret_cast<const float*>(collective->posted_buffer(rank));
+            for (int root = 0; root < roots_per_rank[rank]; ++root)
+                terms[term_count++] = roots + (size_t(root) * step.tokens + token) * size;
+        }
+    } else if (buffer >= 0) {
+        terms[term_count++] = program.floats(buffer) + size_t(token) * size;
+    }
+    if (term_count) program.kernels().add_tree(row, terms, term_count, additions, addition_count, size);
+}
+
+void AddNorm::run(Program& program, const Step& step, int thread) {
+    if (delta.exchanged) {
         if (thread == 0) program.exchange();
         program.barrier();
     }
@@ -177,25 +193,36 @@ void AddNorm::run(Program& program, const Step& step, int thread) {
     const int size = program.width(x);
     const Part part(rows, thread, program.threads());
     const Activations normed = program.activations(out, rows);
-    const float* terms[kMaxRoots];
     for (int i = part.begin; i < part.end; ++i) {
         const int token = of_logits ? step.logit_rows[i] : i;
         float* row = program.floats(x) + size_t(token) * size;
-        int term_count = 0;
-        if (exchanged) {
-            for (int rank = 0; rank < collective->world(); ++rank) {
-                const float* roots = reinterpret_cast<const float*>(collective->posted_buffer(rank));
-                for (int root = 0; root < roots_per_rank[rank]; ++root)
-                    terms[term_count++] = roots + (size_t(root) * step.tokens + token) * size;
-            }
-        } else if (delta >= 0) {
-            terms[term_count++] = program.floats(delta) + size_t(token) * size;
-        }
-        if (term_count)
-            program.kernels().add_tree(row, terms, term_count, additions, addition_count, size);
+        delta.add_to(row, program, step, token, size);
         float* to = program.floats(out) + size_t(i) * size;
         program.kernels().rms_norm(row, weight, size, count, eps, to);
         quantize_token(program, normed, program.weight_offset(out), i);
+    }
+}
+
+void SumHidden::run(Program& program, const Step& step, int thread) {
+    const int size = program.width(x);
+    for (int i = 0; i < step.pooled_count; ++i) {
+        const Pooled& pooled = step.pooled[i];
+        const Part part(pooled.count, thread, program.threads());
+        for (int token = pooled.first + part.begin; token < pooled.first + part.end; ++token) {
+            float* row = program.floats(x) + size_t(token) * size;
+            delta.add_to(row, program, step, token, size);
+            program.kernels().rms_norm(row, weight, size, count, eps, row);
+        }
+    }
+    program.barrier();
+    const Part part(count, thread, program.threads());
+    for (int i = 0; i < step.pooled_count; ++i) {
+        const Pooled& pooled = step.pooled[i];
+        for (int token = pooled.first; token < pooled.first + pooled.count; ++token) {
+            const float* row = program.floats(x) + size_t(token) * size;
+            for (int column = part.begin; column < part.end; ++column)
+                pooled.sum[column] += row[column];
+        }
     }
 }
 

@@ -11,6 +11,12 @@
 
 namespace tps {
 
+// Consecutive tokens of a step whose hidden states are added up.
+struct Pooled {
+    int32_t first, count;
+    double* sum;  // [hidden]
+};
+
 // What is different from step to step.
 struct Step {
     int32_t tokens, sequence_count, logit_count;
@@ -20,6 +26,8 @@ struct Step {
     float* logits;              // [logit_count][logit_stride]
     size_t logit_stride;
     double* best;               // [logit_count][2]: the highest of each row's logits and its column
+    const Pooled* pooled;       // [pooled_count]; none of their tokens is a logit row
+    int32_t pooled_count;
 };
 
 // Keys and values of one model on this rank.
@@ -61,6 +69,8 @@ class Program {
         virtual void run(Program& program, const Step& step, int thread) = 0;
         // Whether the host has to do something before the next operation.
         virtual bool stops() const { return false; }
+        // Whether the step has work for it.
+        virtual bool wanted(const Step&) const { return true; }
     };
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 
@@ -118,18 +128,38 @@ struct Embed : Program::Op {
     void run(Program&, const Step&, int thread) override;
 };
 
-// x += delta (if there is one); out = norm of x. With a collective delta are the roots of all ranks,
-// which are exchanged first.
-struct AddNorm : Program::Op {
-    Buffer x, delta = -1, out;
-    bool exchanged = false, of_logits = false;
-    const float* weight;
-    int count;  // numbers of a row; those behind them are 0
-    float eps;
+// What is added to the residual stream: a buffer, the roots that all ranks have posted, or nothing.
+struct Delta {
+    Buffer buffer = -1;
+    bool exchanged = false;
     int roots_per_rank[kMaxRoots];
     int addition_count = 0;
     int32_t additions[kMaxRoots][2];
+    // row [size] of the stream += that of the token
+    void add_to(float* row, Program&, const Step&, int token, int size) const;
+};
+
+// x += delta; out = norm of x. Roots are exchanged first.
+struct AddNorm : Program::Op {
+    Buffer x, out;
+    Delta delta;
+    bool of_logits = false;
+    const float* weight;
+    int count;  // numbers of a row; those behind them are 0
+    float eps;
     void run(Program&, const Step&, int thread) override;
+};
+
+// sum += norm of (x + delta) for each pooled token, in the order of their positions, so that neither
+// chunks nor threads change a bit. Roots were exchanged before; the rows of x are lost.
+struct SumHidden : Program::Op {
+    Buffer x;
+    Delta delta;
+    const float* weight;
+    int count;  // numbers of a row
+    float eps;
+    void run(Program&, const Step&, int thread) override;
+    bool wanted(const Step& step) const override { return step.pooled_count > 0; }
 };
 
 // out [T][out's width] = in times weight transposed; `to_peers`: its roots [root][T][rows] go where the

@@ -9,7 +9,7 @@ with another communicator it comes back at each collective.
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,8 @@ from worker.native.api import (
     int32s,
     made,
 )
-from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source
-from worker.sampling.vocabulary import Ints, StepLogits
+from worker.ops.base import NO_SUMS, HeadLayout, HeadNorms, RopeTable, Source
+from worker.sampling.vocabulary import Doubles, Ints, StepLogits
 from worker.shard_cache import ShardCache
 
 _KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -298,7 +298,18 @@ class NativeOps:
 
     def final_norm(self, x: Value, delta: Value, weight: torch.Tensor, eps: float) -> Value:
         """See Ops."""
-        return self._norm(x, delta, weight, eps, of_logits=True)
+        out = self._norm(x, delta, weight, eps, of_logits=True)
+        self._call(
+            "sum_hidden",
+            x,
+            delta if delta.in_buffer else -1,
+            weight.data_ptr(),
+            x.columns,
+            eps,
+            not delta.in_buffer,
+            *self._roots,
+        )
+        return out
 
     def _norm(
         self, x: Value, delta: Value | None, weight: torch.Tensor, eps: float, *, of_logits: bool
@@ -314,12 +325,19 @@ class NativeOps:
             eps,
             of_logits,
             delta is not None and not delta.in_buffer,
-            self._roots_per_rank.ctypes.data,
-            self._additions.ctypes.data,
-            len(self._additions) // 2,
+            *self._roots,
             keep=[weight],
         )
         return out
+
+    @property
+    def _roots(self) -> tuple[int, int, int]:
+        """How many each rank posts, and which are added to which: addresses, and the number of pairs."""
+        return (
+            self._roots_per_rank.ctypes.data,
+            self._additions.ctypes.data,
+            len(self._additions) // 2,
+        )
 
     def linear(self, x: Value, weight: Matrix) -> Value:
         """See Ops."""
@@ -421,13 +439,18 @@ class NativeOps:
         self._library.tps_kv_copy(self._kv, source, target)
 
     def run(
-        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: Ints,
+        sums: Mapping[int, Doubles] = NO_SUMS,
+        *,
+        every_token: bool = False,
     ) -> StepLogits:
         """See Ops."""
         assert self._head is not None, "allocate comes before steps"
         arrays = self._arrays
         logits, best = arrays.fill(
-            sequences, last_tokens, self._head.padded_rows, every_token=every_token
+            sequences, last_tokens, self._head.padded_rows, sums, every_token=every_token
         )
         at = 0
         while (at := self._library.tps_program_run(self._program, arrays.address, at)) != _DONE:
