@@ -310,6 +310,7 @@ class Engine:
         if self._stop_requested:
             return  # whoever stops the server may have stopped the workers too
         log.error("%s", error.message)
+        self._log_steps_under_way()
         self._give_up_steps(error)
         self._model_desk.workers_lost(error)
         self._desk.flush()
@@ -323,6 +324,19 @@ class Engine:
             raise error
         self._restarts.append(now)
         self._start_workers()
+
+    def _log_steps_under_way(self) -> None:
+        """Workers know steps, clients know request ids: here they come together."""
+        for sent in self._sent:
+            assert sent.model.scheduler is not None, "it has steps"
+            jobs = dict.fromkeys(s.job_key[1] for s in sent.model.scheduler.running)
+            log.error(
+                "epoch %d, step %d of %s was under way, with jobs %s",
+                self.cluster.epoch,
+                sent.step,
+                sent.model.name,
+                ", ".join(jobs) or "none",
+            )
 
     def _give_up_steps(self, error: TpserveError) -> None:
         """No job survives, and what the workers still compute is of no interest."""

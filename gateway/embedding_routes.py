@@ -12,13 +12,17 @@ from gateway.body import convert, read_object, shown
 from gateway.context import Gateway, note, once
 from gateway.errors import ParameterError, UnsupportedParameterError, json_response
 from gateway.event_stream import unless_gone
+from gateway.openapi import JOB_ERRORS, operation
+from gateway.openapi_types import EmbeddingList
 from shared.embedding_messages import MAX_TEXTS, Embeddings
 from shared.messages import ModelName, TokenIdNumber
 
 Encoding = Literal["float", "base64"]
 
 
-class _Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EmbeddingBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Texts, or their token ids."""
+
     model: ModelName | None = None
     input: str | Annotated[list[Any], Meta(min_length=1)]
     encoding_format: Encoding = "float"
@@ -36,11 +40,16 @@ def embedding_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(prefix="/v1")
     limits = gateway.settings
 
-    @router.post("/embeddings")
+    @router.post(
+        "/embeddings",
+        **operation(
+            "Texts as vectors", body=EmbeddingBody, answer=EmbeddingList, errors=JOB_ERRORS
+        ),
+    )
     async def embeddings(request: Request) -> Response:
         body = await read_object(request, limits.max_body_bytes, limits.body_timeout)
         # Null means not given, as everywhere in OpenAI's API.
-        wanted = convert({name: v for name, v in body.items() if v is not None}, _Body)
+        wanted = convert({name: v for name, v in body.items() if v is not None}, EmbeddingBody)
         if wanted.user is not None:
             note(request, user=wanted.user)
         asked = gateway.client.embed(
