@@ -5,7 +5,6 @@ asked. All of them end with the context they were entered in.
 """
 
 import json
-import random
 import subprocess
 import time
 from collections.abc import Sequence
@@ -14,57 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tokenizers import Tokenizer
-
 from benchmarks.engine import server
 from benchmarks.peer_files import HERE, Peers
+from benchmarks.prompts import Prompt
 from client.zmq_client import Client
 from shared.messages import Status, Token
 
 KV_MEMORY = "256M"
 SILENCE_S = 300.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text, and the tokens that a model's tokenizer makes of it."""
-
-    text: str
-    ids: list[int]
-
-
-class Prompts:
-    """Prompts of any length in tokens, each of them new: no cache may know how it begins."""
-
-    def __init__(self, model: Path, seed: int = 0) -> None:
-        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        self._random = random.Random(seed)
-        length = len(self._encode("x"))
-        words = {
-            self._tokenizer.decode([self._random.randrange(self._tokenizer.get_vocab_size())])
-            for _ in range(4_000)
-        }
-        self._words = sorted(
-            word
-            for word in words
-            if word.isalpha() and len(self._encode(f"x {word}")) == length + 1
-        )
-
-    def of(self, text: str) -> Prompt:
-        """A given text."""
-        return Prompt(text, self._encode(text))
-
-    def make(self, tokens: int) -> Prompt:
-        """Random words, `tokens` tokens of them with what the tokenizer adds."""
-        count = tokens
-        while True:
-            prompt = self.of(" ".join(self._random.choices(self._words, k=count)))
-            if len(prompt.ids) == tokens:
-                return prompt
-            count = max(1, count + tokens - len(prompt.ids))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from benchmarks import peer_files
 from benchmarks.contestants import (
     MemoryReaders,
     PeerProcess,
-    Prompt,
-    Prompts,
     TpserveServer,
     llama_cpp,
     openvino,
 )
 from benchmarks.interleaved import Part, Ratio, Rounds, interleave
 from benchmarks.peer_files import Peers
+from benchmarks.prompts import Prompt, Prompts
 from shared.model_config import read_model_config
 
 CORES = 2

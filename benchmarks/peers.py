@@ -19,51 +19,24 @@ at best, so decode and batch compare with that; story has its Python binding too
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
-
-import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks import peer_files  # noqa: E402 - runnable without being installed
 from benchmarks.interleaved import Part  # noqa: E402
+from benchmarks.machine import Fact, describe_machine  # noqa: E402
 from benchmarks.peer_files import REFERENCE, Peers, PrepareError  # noqa: E402
 from benchmarks.peer_parts import PARTS, PRECISIONS, Bench  # noqa: E402
 from worker.native.toolchain import find_compiler  # noqa: E402
 
 PRESET = "tinyllama-1.1b"
-
-
-class Fact(NamedTuple):
-    """A line of the header."""
-
-    name: str
-    value: str
-
-
-def describe_machine() -> list[Fact]:
-    """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    return [
-        Fact("CPU", cpu),
-        Fact("cores", str(len(os.sched_getaffinity(0)))),
-        Fact("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"),
-        Fact("kernel", platform.release()),
-        Fact("load before (1, 5, 15 minutes)", load),
-    ]
 
 
 def describe_peers(peers: Peers) -> list[Fact]:

@@ -571,7 +571,7 @@ class ModelGone(_Event, frozen=True, kw_only=True, tag="model_gone"):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """One worker process. Times are sums over its steps, at most a second old."""
+    """One worker process. Times are sums over its steps, at most a second old; all of them at rest."""
 
     rank: int
     pid: int
@@ -1052,7 +1052,7 @@ class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
 
 
 class WorkerTimes(_FromWorker, frozen=True, kw_only=True, tag="times"):
-    """Sums over all steps of this rank; sent about once a second while it computes."""
+    """Sums over all steps of this rank; sent about once a second while it computes, and at rest."""
 
     compute_s: float
     comm_s: float
