@@ -62,7 +62,8 @@ class Record(Struct, kw_only=True):
     request: Request
     machine: Machine
     """Measured just before the first round."""
-    parameters: int
+    weights: int
+    """That every token is multiplied with: parameters without the table of embeddings."""
     exchanged_bytes: dict[int, int]
     """By workers: what all ranks together post for one token."""
     left_out: list[str] = []
