@@ -96,7 +96,7 @@ def configurations(request: Request, cores: int) -> list[Configuration]:
     return list(dict.fromkeys(found))
 
 
-def tests(request: Request, longest: int) -> tuple[list[Test], list[Test]]:
+def wanted_tests(request: Request, longest: int) -> tuple[list[Test], list[Test]]:
     """The tests of each server, and those that are left out: more than `longest` tokens.
 
     Raises ConfigError when none is left.

@@ -14,6 +14,8 @@ from benchmarks.scaling.summary import Row, cores_of, step_bytes, summarise
 from benchmarks.scaling.tables import PLOTS
 from shared.errors import ConfigError
 
+_PANELS = 3
+"""Beside each other."""
 _CHUNK = 256
 """Tokens of a prompt that a step reads at most: --max-batched-tokens."""
 
@@ -24,33 +26,42 @@ def plot(record: Record, folder: Path) -> None:
     rows = summarise(record)
     for name, draw in zip(PLOTS, (_throughput, _speed_up, _latency, _roofline), strict=True):
         figure = Figure(figsize=(9, 5), layout="constrained")
-        draw(figure.add_subplot(), record, rows)
+        draw(figure, record, rows)
         try:
             figure.savefig(folder / name, format="png", dpi=150)
         except OSError as error:
             raise ConfigError(f"{folder / name} cannot be written: {error.strerror}") from None
 
 
-def _throughput(axes: Axes, record: Record, rows: Sequence[Row]) -> None:
-    """Bars by test, a colour for each configuration."""
+def _throughput(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
+    """Bars from zero, a panel for each test."""
     tests = list(dict.fromkeys(row.test for row in rows))
     names = list(dict.fromkeys(row.configuration.name for row in rows))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = [row for row in rows if row.configuration.name == name]
-        at = [tests.index(row.test) + (i + 0.5) * width - 0.4 for row in own]
-        medians = np.array([row.tokens_per_s.median for row in own])
-        low = medians - [row.tokens_per_s.low for row in own]
-        high = np.array([row.tokens_per_s.high for row in own]) - medians
-        axes.bar(at, medians, width, yerr=[low, high], label=name, error_kw={"linewidth": 0.8})
-    axes.set_xticks(range(len(tests)), [test.name.replace(", ", "\n") for test in tests])
-    axes.set_ylabel("tokens per second")
-    axes.set_yscale("log")
-    _finish(axes, "Tokens per second; lines: lowest and highest round")
+    across = min(_PANELS, len(tests))
+    down = -(-len(tests) // across)
+    figure.set_size_inches(9, max(3, down * (1.0 + 0.25 * len(names))))
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, test in zip(panels, tests, strict=False):
+        own = {row.configuration.name: row.tokens_per_s for row in rows if row.test == test}
+        at = [names.index(name) for name in own]
+        medians = [spread.median for spread in own.values()]
+        ranges = [
+            [spread.median - spread.low for spread in own.values()],
+            [spread.high - spread.median for spread in own.values()],
+        ]
+        axes.barh(at, medians, xerr=ranges, error_kw={"linewidth": 0.8})
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(test.name, fontsize=10)
+        axes.grid(True, axis="x", alpha=0.3)
+    for axes in panels[len(tests) :]:
+        axes.set_visible(False)
+    figure.suptitle("Tokens per second; lines: lowest and highest round", fontsize=11)
 
 
-def _speed_up(axes: Axes, record: Record, rows: Sequence[Row]) -> None:
+def _speed_up(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
     """Over cores in use, a line for each test and precision."""
+    axes = figure.add_subplot()
     cores = record.machine.cores
     series: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -73,8 +84,9 @@ def _speed_up(axes: Axes, record: Record, rows: Sequence[Row]) -> None:
     _finish(axes, "Speed-up")
 
 
-def _latency(axes: Axes, record: Record, rows: Sequence[Row]) -> None:
+def _latency(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
     """Stacked: a decode step's compute, all-reduce, and the rest."""
+    axes = figure.add_subplot()
     own = [row for row in rows if row.test.kind == "decode"]
     labels = [f"{row.configuration.name}\n{row.test.name}" for row in own]
     parts: dict[str, Callable[[Row], float]] = {
@@ -93,8 +105,9 @@ def _latency(axes: Axes, record: Record, rows: Sequence[Row]) -> None:
     _finish(axes, "Where a decode step's time goes")
 
 
-def _roofline(axes: Axes, record: Record, rows: Sequence[Row]) -> None:
+def _roofline(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
     """Operations per second over operations per byte, under what the machine was measured to do."""
+    axes = figure.add_subplot()
     machine = record.machine
     cores = machine.cores
     intensities = np.logspace(-1, 3.5, 200)

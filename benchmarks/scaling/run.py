@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import machine as here
-from benchmarks.scaling.grid import Configuration, Request, Test, configurations, tests
+from benchmarks.scaling.grid import Configuration, Request, Test, configurations, wanted_tests
 from benchmarks.scaling.measure import MEMORY_SHARE, Fleet, needed_bytes
 from benchmarks.scaling.plots import plot
 from benchmarks.scaling.record import Record
@@ -40,7 +40,7 @@ def begin(request: Request) -> Record:
                 f"--workers {count}: a model is cut into {_SHARDS} virtual shards, and each worker"
                 f" needs one: use at most {_SHARDS}"
             )
-    _, left_out = tests(request, config.max_positions)
+    _, left_out = wanted_tests(request, config.max_positions)
     facts = {fact.name: fact.value for fact in here.describe_machine()}
     say = Console(stderr=True).print
     measured = machine(again=True, say=say)
@@ -96,7 +96,7 @@ def carry_on(record: Record, folder: Path) -> None:
     """All turns that are missing. Raises TpserveError; what was measured is kept."""
     request = record.request
     model = Path(request.model)
-    wanted, _ = tests(request, read_model_config(model).max_positions)
+    wanted, _ = wanted_tests(request, read_model_config(model).max_positions)
     servers = configurations(request, record.machine.cores)
     for configuration in servers:
         _check_fits(model, configuration, wanted)
