@@ -117,7 +117,7 @@ def machine(*, again: bool = False, say: Callable[[str], None] = log.info) -> Ma
 
     say: is told that it takes a while.
     """
-    path = cache_folder() / f"machine-{_key()}.json"
+    path = machine_file()
     if not again:
         try:
             return msgspec.json.decode(path.read_bytes(), type=Machine)
@@ -136,9 +136,9 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("tpserve")
 
 
-def machine_key() -> str:
-    """Names this machine among those that share a home folder."""
-    return _key()
+def machine_file() -> Path:
+    """Where this machine's are."""
+    return cache_folder() / f"machine-{machine_key()}.json"
 
 
 def keep(path: Path, value: Struct) -> None:
@@ -152,8 +152,8 @@ def keep(path: Path, value: Struct) -> None:
         log.warning("%s cannot be written: %s", path, error.strerror)
 
 
-def _key() -> str:
-    """Of all that a measurement depends on and that can be known without one."""
+def machine_key() -> str:
+    """Names this machine and how it computes, as far as that is known without measuring."""
     processor = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]

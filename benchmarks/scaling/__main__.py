@@ -61,7 +61,7 @@ def main() -> int:
         if args.resume:
             record = _resumed(args)
         else:
-            record = begin(make_request(args))
+            record = begin(make_request(args), measure=args.size != "quick")
             _make_folder(folder)
             record.save(folder)
         carry_on(record, folder)
@@ -102,7 +102,11 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--quick", dest="size", action="store_const", const="quick", help="less than a minute"
+        "--quick",
+        dest="size",
+        action="store_const",
+        const="quick",
+        help="less than a minute; with earlier measurements of the machine",
     )
     size.add_argument(
         "--full", dest="size", action="store_const", const="full", help="all precisions and lengths"

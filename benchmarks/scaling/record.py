@@ -61,7 +61,6 @@ class Record(Struct, kw_only=True):
     commit: str
     request: Request
     machine: Machine
-    """Measured just before the first round."""
     weights: int
     """That every token is multiplied with: parameters without the table of embeddings."""
     exchanged_bytes: dict[int, int]

@@ -30,8 +30,11 @@ WARM_UP = 0
 _SHARDS = Settings().virtual_shards
 
 
-def begin(request: Request) -> Record:
-    """Measure the machine and describe everything. Raises TpserveError."""
+def begin(request: Request, *, measure: bool) -> Record:
+    """Describe everything. Raises TpserveError.
+
+    measure: what the machine can do, now; else what was measured some time ago does, if it was.
+    """
     folder = Path(request.model)
     config = read_model_config(folder)
     for count in request.workers:
@@ -43,12 +46,15 @@ def begin(request: Request) -> Record:
     _, left_out = wanted_tests(request, config.max_positions)
     facts = {fact.name: fact.value for fact in here.describe_machine()}
     say = Console(stderr=True).print
-    measured = machine(again=True, say=say)
+    measured = machine(again=measure, say=say)
     table = config.hidden_size * config.vocab_size
     facts |= {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "tpserve": f"{version('tpserve')}, commit {here.commit() or 'unknown'}",
         "kernels": measured.kernels,
+        "limits of the machine": "measured before the first round"
+        if measure
+        else "measured before",
         "Python": f"{sys.version.split()[0]}, torch {version('torch')}, numpy {version('numpy')}",
         "model": f"{folder.name}, {config.parameters:,} parameters",
         "seed": str(request.seed),

@@ -146,8 +146,8 @@ def _notes(record: Record, rows: Sequence[Row]) -> list[str]:
         " writing N tokens after a prompt of about M that is in the cache, all streams together.",
         f"The bandwidth limit: weights, keys and values of a step, read at"
         f" {machine.bandwidth(1) / 1e9:.1f} GB/s by one core,"
-        f" {machine.bandwidth(machine.cores) / 1e9:.1f} by all {machine.cores}, as measured before"
-        " the first round. More than 100 %: they stay in the processor's cache.",
+        f" {machine.bandwidth(machine.cores) / 1e9:.1f} by all {machine.cores}. More than 100 %:"
+        " they stay in the processor's cache.",
         "Computing and all-reduce: the mean of the workers, waiting for slower workers included in"
         " the all-reduce. Neither: workers had nothing to do. The coordinator is mostly busy while"
         " workers compute.",

@@ -2,9 +2,7 @@
 
 import csv
 import io
-import os
-import subprocess
-import sys
+import statistics
 from pathlib import Path
 
 import msgspec
@@ -22,10 +20,21 @@ from benchmarks.scaling.random_model import SHAPES, random_checkpoint
 from benchmarks.scaling.record import FILE_NAME, Record, load
 from benchmarks.scaling.summary import Row, Spread, baseline, split, summarise
 from benchmarks.scaling.tables import PLOTS, as_csv, markdown
+from coordinator import machine
+from coordinator.measured import recall
 from shared.config import PROJECT_ROOT
 from shared.errors import ConfigError
 from shared.model_config import read_model_config
-from tests.benchmarks.records import ONE, READ, TWO, WRITE, made_up_record, sample
+from tests.benchmarks.records import (
+    ONE,
+    READ,
+    TWO,
+    WRITE,
+    made_up_machine,
+    made_up_record,
+    sample,
+)
+from tests.e2e.server import run_tpserve
 
 DEMO = PROJECT_ROOT / "models" / "demo-story"
 
@@ -260,25 +269,15 @@ def test_prompts_have_exactly_the_length_and_no_common_beginning() -> None:
 # --- a real run -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """With a cache of its own, in which the machine is already measured."""
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return env
-
-
-def test_a_small_real_run(story_model: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_small_real_run_is_kept_and_not_repeated(
+    story_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine.keep(machine.machine_file(), made_up_machine())
     out = tmp_path / "out"
-    command = [sys.executable, "-P", "-m", "benchmarks.scaling"]
-    flags = ["--workers", "1,2", "--threads", "1", "--dtype", "fp32", "--batch", "2"]
-    flags += ["--prompt", "32", "--tokens", "8", "--rounds", "1", "--out", str(out)]
-    ran = subprocess.run(
-        [*command, str(story_model), *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    flags = ["--quick", "--workers", "1,2", "--dtype", "fp32", "--batch", "2", "--prompt", "32"]
+    flags += ["--tokens", "8", "--rounds", "1"]
+    ran = run_tpserve(["bench", str(story_model), *flags, "--out", str(out)], timeout_s=280)
     assert ran.returncode == 0, ran.stderr
     record = load(out)
     assert {s.configuration.workers for s in record.samples} == {1, 2}
@@ -288,21 +287,14 @@ def test_a_small_real_run(story_model: Path, tmp_path: Path, environment: dict[s
         assert one.steps > 0
         assert sum(one.compute_s) > 0
         assert (sum(one.comm_s) > 0) == (one.configuration.workers > 1)
-        assert sum(one.compute_s) / len(one.compute_s) <= one.busy_s
+        assert statistics.mean(one.compute_s) <= one.busy_s
         assert min(one.memory_bytes) > 10_000_000
     assert (out / "bench.md").read_text() in ran.stdout
     assert {path.name for path in out.glob("*.png")} == set(PLOTS)
-    again = subprocess.run(
-        [*command, "--resume", str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    assert len(recall(read_model_config(story_model))[1]) == 4
+    again = run_tpserve(["bench", "--resume", str(out)])
     assert again.returncode == 0, again.stderr
     assert load(out).samples == record.samples
-    refused = subprocess.run(
-        [*command, str(story_model), *flags], env=environment, capture_output=True, text=True
-    )
+    refused = run_tpserve(["bench", str(story_model), *flags, "--out", str(out)])
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
