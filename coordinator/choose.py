@@ -93,10 +93,7 @@ def predict(
     steps = StepModel(measured, config, settings.virtual_shards)
     found = []
     for choice in choices:
-        known = choice.comm == "local" or any(
-            name.startswith(f"{choice.comm}-") for name in measured.exchanging
-        )
-        if choice.dtype not in measured.multiplying or not known:
+        if not steps.knows(choice):
             continue
         found.append(
             Prediction(

@@ -67,6 +67,11 @@ class StepModel:
         self._machine, self._config = machine, config
         self._shards = ModelShards(config, virtual_shards)
 
+    def knows(self, choice: Choice) -> bool:
+        """Whether the machine's kernels have its precision, and its collective was measured."""
+        measured = [name.partition("-")[0] for name in self._machine.exchanging]
+        return choice.dtype in self._machine.multiplying and choice.comm in measured
+
     def decode_tokens_per_s(self, choice: Choice, streams: int, depth: int) -> float:
         """Of all streams together, with so many tokens before each new one."""
         return streams / self.step(choice, rows=streams, logits=streams, depth=depth).seconds

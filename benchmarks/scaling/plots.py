@@ -10,14 +10,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.scaling.grid import Test
 from benchmarks.scaling.record import Record
-from benchmarks.scaling.summary import Row, cores_of, step_bytes, summarise
+from benchmarks.scaling.summary import STEP_TOKENS, Row, cores_of, step_bytes, summarise
 from benchmarks.scaling.tables import PLOTS
 from shared.errors import ConfigError
 
 _PANELS = 3
 """Beside each other."""
-_CHUNK = 256
-"""Tokens of a prompt that a step reads at most: --max-batched-tokens."""
 
 
 def plot(record: Record, folder: Path) -> None:
@@ -90,7 +88,8 @@ def _latency(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
     own = [row for row in rows if row.test.kind == "decode"]
     labels = [f"{row.configuration.name}\n{row.test.name}" for row in own]
     parts: dict[str, Callable[[Row], float]] = {
-        "computing": lambda row: row.split.compute_s,
+        "reading at the measured bandwidth": lambda row: min(row.reading_s, row.split.compute_s),
+        "computing beyond that": lambda row: max(0.0, row.split.compute_s - row.reading_s),
         "all-reduce": lambda row: row.split.comm_s,
         "neither": lambda row: row.split.other_s,
     }
@@ -141,7 +140,7 @@ def _intensity(record: Record, row: Row) -> float:
 
 
 def _tokens_of_a_step(test: Test) -> int:
-    return min(test.prompt, _CHUNK) if test.kind == "prefill" else test.streams
+    return min(test.prompt, STEP_TOKENS) if test.kind == "prefill" else test.streams
 
 
 def _finish(axes: Axes, title: str) -> None:

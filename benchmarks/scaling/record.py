@@ -8,6 +8,7 @@ from msgspec import Struct
 from benchmarks.scaling.grid import Configuration, Request, Test
 from coordinator.machine import Machine
 from shared.errors import ConfigError
+from shared.model_config import ModelConfig
 
 FORMAT = 1
 FILE_NAME = "bench.json"
@@ -61,6 +62,7 @@ class Record(Struct, kw_only=True):
     commit: str
     request: Request
     machine: Machine
+    config: ModelConfig
     weights: int
     """That every token is multiplied with: parameters without the table of embeddings."""
     exchanged_bytes: dict[int, int]

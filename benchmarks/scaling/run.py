@@ -15,11 +15,10 @@ from benchmarks.scaling.grid import Configuration, Request, Test, configurations
 from benchmarks.scaling.measure import MEMORY_SHARE, Fleet, needed_bytes
 from benchmarks.scaling.plots import plot
 from benchmarks.scaling.record import Record
-from benchmarks.scaling.summary import summarise
+from benchmarks.scaling.summary import VIRTUAL_SHARDS, summarise
 from benchmarks.scaling.tables import as_csv, markdown
 from coordinator.machine import machine
 from coordinator.measured import Measured, remember
-from shared.config import Settings
 from shared.errors import ConfigError
 from shared.memory import free_bytes
 from shared.model_config import ModelConfig, read_model_config
@@ -27,7 +26,6 @@ from shared.sharding import ModelShards, aligned_subtrees, assign_shards
 
 WARM_UP = 0
 """The round in which everything gets warm; it does not count."""
-_SHARDS = Settings().virtual_shards
 
 
 def begin(request: Request, *, measure: bool) -> Record:
@@ -38,10 +36,10 @@ def begin(request: Request, *, measure: bool) -> Record:
     folder = Path(request.model)
     config = read_model_config(folder)
     for count in request.workers:
-        if count > _SHARDS:
+        if count > VIRTUAL_SHARDS:
             raise ConfigError(
-                f"--workers {count}: a model is cut into {_SHARDS} virtual shards, and each worker"
-                f" needs one: use at most {_SHARDS}"
+                f"--workers {count}: a model is cut into {VIRTUAL_SHARDS} virtual shards, and each worker"
+                f" needs one: use at most {VIRTUAL_SHARDS}"
             )
     _, left_out = wanted_tests(request, config.max_positions)
     facts = {fact.name: fact.value for fact in here.describe_machine()}
@@ -64,6 +62,7 @@ def begin(request: Request, *, measure: bool) -> Record:
         commit=here.commit(),
         request=request,
         machine=measured,
+        config=config,
         weights=config.parameters - (0 if config.tie_word_embeddings else table),
         exchanged_bytes={count: exchanged_bytes(config, count) for count in request.workers},
         left_out=[
@@ -80,7 +79,7 @@ def exchanged_bytes(config: ModelConfig, workers: int) -> int:
     """
     if workers == 1:
         return 0
-    owned = assign_shards(workers, ModelShards(config, _SHARDS).virtual_shards)
+    owned = assign_shards(workers, ModelShards(config, VIRTUAL_SHARDS).virtual_shards)
     roots = sum(len(aligned_subtrees(shards)) for shards in owned)
     return 2 * config.num_layers * roots * 4 * config.hidden_size
 
@@ -102,7 +101,7 @@ def carry_on(record: Record, folder: Path) -> None:
     """All turns that are missing. Raises TpserveError; what was measured is kept."""
     request = record.request
     model = Path(request.model)
-    wanted, _ = wanted_tests(request, read_model_config(model).max_positions)
+    wanted, _ = wanted_tests(request, record.config.max_positions)
     servers = configurations(request, record.machine.cores)
     for configuration in servers:
         _check_fits(model, configuration, wanted)
@@ -170,7 +169,7 @@ def write_reports(record: Record, folder: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
     plot(record, folder)
-    remember(read_model_config(Path(record.request.model)), record.facts["date"], results(record))
+    remember(record.config, record.facts["date"], results(record))
     return text
 
 

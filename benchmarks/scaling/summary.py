@@ -11,6 +11,13 @@ import numpy as np
 
 from benchmarks.scaling.grid import Configuration, Test
 from benchmarks.scaling.record import Record, Sample
+from coordinator.step_model import Choice, StepModel
+from shared.config import Settings
+from shared.precision import kv_precision
+
+VIRTUAL_SHARDS = Settings().virtual_shards
+STEP_TOKENS = Settings().max_batched_tokens
+"""Of a prompt, that a step reads at most."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Row:
     """Speed-up by how many times as many cores it was given."""
     limit: float | None
     """Decode: tokens per second if reading weights, keys and values were all there is to do."""
+    predicted: float | None
+    """Tokens per second that the planner expects; None: of kernels that were not measured."""
     ttft_s: tuple[float, float] | None
     """Prefill: the 50th and 99th percentile."""
     gap_s: tuple[float, float] | None
@@ -64,6 +73,11 @@ class Row:
     """For a token, by all workers together."""
     memory_bytes: int
     """Of the largest worker."""
+
+    @property
+    def reading_s(self) -> float:
+        """Of a decode step: reading weights, keys and values, if they are read at full bandwidth."""
+        return 0.0 if self.limit is None else self.test.streams / self.limit
 
     @property
     def share_of_limit(self) -> float | None:
@@ -132,12 +146,30 @@ def _row(
         speed_up=speed_up,
         efficiency=None if speed_up is None else speed_up.median / given,
         limit=_limit(record, test, configuration, samples[0]),
+        predicted=predict(record, test, configuration),
         ttft_s=percentiles([s for sample in samples for s in sample.ttft_s]),
         gap_s=percentiles([s for sample in samples for s in sample.gaps_s]),
         split=split(samples),
         exchanged_bytes=record.exchanged_bytes.get(configuration.workers, 0),
         memory_bytes=max(max(sample.memory_bytes) for sample in samples),
     )
+
+
+def predict(record: Record, test: Test, configuration: Configuration) -> float | None:
+    """Of the model of a step, with what was measured of the machine."""
+    choice = Choice(
+        workers=configuration.workers,
+        threads=configuration.threads,
+        dtype=configuration.dtype,
+        kv_dtype=kv_precision("auto", configuration.dtype),
+        comm="local" if configuration.workers == 1 else configuration.comm,
+    )
+    steps = StepModel(record.machine, record.config, VIRTUAL_SHARDS)
+    if not steps.knows(choice):
+        return None
+    if test.kind == "prefill":
+        return steps.prefill_tokens_per_s(choice, test.prompt, STEP_TOKENS)
+    return steps.decode_tokens_per_s(choice, test.streams, test.depth + test.tokens // 2)
 
 
 def _ratios(samples: Sequence[Sample], base: Sequence[Sample]) -> list[float]:

@@ -47,6 +47,7 @@ def as_csv(record: Record) -> str:
                 _or_empty(row.efficiency),
                 _or_empty(row.limit),
                 _or_empty(row.share_of_limit),
+                _or_empty(row.predicted),
                 *(row.ttft_s or ("", "")),
                 *(row.gap_s or ("", "")),
                 *(split.step_s, split.compute_s, split.comm_s, split.other_s),
@@ -60,7 +61,7 @@ _CSV_COLUMNS = (
     *("workers", "threads", "dtype", "comm", "test", "kind", "prompt", "streams", "tokens"),
     *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
     *("speed_up", "speed_up_low", "speed_up_high", "efficiency"),
-    *("bandwidth_limit_tokens_per_s", "share_of_limit"),
+    *("bandwidth_limit_tokens_per_s", "share_of_limit", "predicted_tokens_per_s"),
     *("ttft_p50_s", "ttft_p99_s", "time_per_token_p50_s", "time_per_token_p99_s"),
     *("step_s", "compute_s", "all_reduce_s", "other_s", "coordinator_s"),
     *("exchanged_bytes_per_token", "memory_bytes_per_worker"),
@@ -71,7 +72,7 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
     return table(
         [
             *("workers x threads", "test", "tokens/s", "range", "speed-up", "by round"),
-            *("efficiency", "share of the bandwidth limit"),
+            *("efficiency", "share of the bandwidth limit", "predicted", "predicted / measured"),
         ],
         (
             [
@@ -83,6 +84,8 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
                 "" if row.speed_up is None else _range(row.speed_up),
                 "" if row.efficiency is None else f"{100 * row.efficiency:.0f} %",
                 "" if row.share_of_limit is None else f"{100 * row.share_of_limit:.0f} %",
+                "" if row.predicted is None else number(row.predicted),
+                "" if row.predicted is None else f"{row.predicted / row.tokens_per_s.median:.2f}",
             ]
             for row in rows
         ),
@@ -93,7 +96,7 @@ def _latency(rows: Sequence[Row]) -> list[str]:
     return table(
         [
             *("workers x threads", "test", "first token p50 / p99", "per token p50 / p99"),
-            *("a step", "computing", "all-reduce", "neither", "coordinator busy"),
+            *("a step", "reading alone", "computing", "all-reduce", "neither", "coordinator busy"),
             "exchanged per token",
         ],
         (
@@ -103,6 +106,7 @@ def _latency(rows: Sequence[Row]) -> list[str]:
                 _both(row.ttft_s),
                 _both(row.gap_s),
                 milliseconds(row.split.step_s),
+                "" if row.limit is None else milliseconds(row.reading_s),
                 milliseconds(row.split.compute_s),
                 milliseconds(row.split.comm_s),
                 milliseconds(row.split.other_s),
@@ -148,7 +152,10 @@ def _notes(record: Record, rows: Sequence[Row]) -> list[str]:
         f" {machine.bandwidth(1) / 1e9:.1f} GB/s by one core,"
         f" {machine.bandwidth(machine.cores) / 1e9:.1f} by all {machine.cores}. More than 100 %:"
         " they stay in the processor's cache.",
-        "Computing and all-reduce: the mean of the workers, waiting for slower workers included in"
+        "Predicted: by the planner's model of a step, with what was measured of the machine. It does"
+        " not know that a small model stays in the cache.",
+        "Reading alone: the step at the bandwidth limit; it is part of computing."
+        " Computing and all-reduce: the mean of the workers, waiting for slower workers included in"
         " the all-reduce. Neither: workers had nothing to do. The coordinator is mostly busy while"
         " workers compute.",
         "Exchanged: what all workers together post to the others in the all-reduces of a token,"

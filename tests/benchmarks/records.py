@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from benchmarks.scaling.grid import Configuration, Request, Test
 from benchmarks.scaling.record import Record, Sample
 from coordinator.machine import Exchanging, Machine, Multiplying
+from shared.config import PROJECT_ROOT
 from shared.messages import Precision
+from shared.model_config import read_model_config
 
 ONE = Configuration(1, 1, "int8")
 TWO = Configuration(2, 1, "int8")
@@ -92,6 +94,7 @@ def made_up_record(*samples: Sample, rounds: int = 3, model: str = "/nowhere") -
             seed=0,
         ),
         machine=made_up_machine(),
+        config=read_model_config(PROJECT_ROOT / "models" / "demo-story"),
         weights=1_000_000_000,
         exchanged_bytes={1: 0, 2: 4096},
         samples=list(samples),
