@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from benchmarks.engine import server
-from benchmarks.peer_files import HERE, Peers
+from benchmarks.peer_files import HERE, Installed
 from benchmarks.prompts import Prompt
 from client.zmq_client import Client
 from shared.messages import Status, Token
@@ -92,8 +92,8 @@ class _PeerAnswer(TypedDict):
 class PeerProcess(AbstractContextManager["PeerProcess"]):
     """One of the peers' scripts: a JSON object on a line asks, another one answers."""
 
-    def __init__(self, peers: Peers, script: str, *arguments: str) -> None:
-        self._process = _lines([str(peers.python), str(HERE / script), *arguments])
+    def __init__(self, peer: Installed, script: str, *arguments: str) -> None:
+        self._process = _lines([str(peer.python), str(HERE / script), *arguments])
         self.description: str = self._read()["ready"]
 
     def __exit__(self, *_: object) -> None:
@@ -121,16 +121,22 @@ class PeerProcess(AbstractContextManager["PeerProcess"]):
 
 
 def llama_cpp(
-    peers: Peers, model: Path, threads: int, streams: int = 1, context: int = 256
+    peer: Installed, model: Path, threads: int, streams: int = 1, context: int = 256
 ) -> PeerProcess:
     """llama.cpp with a GGUF file."""
     sizes = ["--threads", str(threads), "--streams", str(streams), "--context", str(context)]
-    return PeerProcess(peers, "peer_llama_cpp.py", "serve", str(model), *sizes)
+    return PeerProcess(peer, "peer_llama_cpp.py", "serve", str(model), *sizes)
 
 
-def openvino(peers: Peers, model: Path, threads: int) -> PeerProcess:
+def openvino(peer: Installed, model: Path, threads: int) -> PeerProcess:
     """OpenVINO GenAI with a converted model."""
-    return PeerProcess(peers, "peer_openvino.py", str(model), "--threads", str(threads))
+    return PeerProcess(peer, "peer_openvino.py", str(model), "--threads", str(threads))
+
+
+def transformers(peer: Installed, model: Path, threads: int, dtype: str) -> PeerProcess:
+    """Hugging Face transformers with the checkpoint itself; dtype as torch calls it."""
+    flags = ["--threads", str(threads), "--dtype", dtype]
+    return PeerProcess(peer, "peer_transformers.py", str(model), *flags)
 
 
 class MemoryReaders(AbstractContextManager["MemoryReaders"]):

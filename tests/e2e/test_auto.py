@@ -67,7 +67,8 @@ def test_the_cache_is_measured_anew_when_it_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found, said = made_up_machine(), []
+    found = made_up_machine()
+    said: list[str] = []
     monkeypatch.setattr(machine, "measure", lambda: found)
     machine.machine_file().parent.mkdir(parents=True)
     machine.machine_file().write_text("{}")
