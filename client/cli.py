@@ -1,8 +1,8 @@
 """The `tpserve` command: its arguments, and what becomes of errors.
 
 Each subcommand is a module of client/commands and is loaded when it is called for, so that none
-waits for the libraries of the others; `serve`, `plan` and `compare` become other programs and need
-nothing of this.
+waits for the libraries of the others; `serve`, `plan`, `compare` and `bench` become other programs and
+need nothing of this.
 """
 
 import argparse
@@ -24,6 +24,7 @@ OTHER_PROGRAMS = {
     "serve": "coordinator",
     "plan": "coordinator.plan",
     "compare": "worker.compare",
+    "bench": "benchmarks.scaling",
 }
 """Commands that this process becomes: the modules to run."""
 
@@ -77,6 +78,10 @@ def argument_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "compare",
         help="accuracy of precisions on a model folder, without a server; tpserve compare --help",
+    )
+
+    commands.add_parser(
+        "bench", help="one worker against many, measured on this machine; tpserve bench --help"
     )
 
     story = commands.add_parser(
@@ -140,7 +145,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     unload.add_argument("model", metavar="NAME", help="the model")
     unload.add_argument("--force", action="store_true", help="end its jobs at once")
-    commands.add_parser("plan", help="memory that a model takes: tpserve plan --help")
+    commands.add_parser(
+        "plan", help="memory that a model takes, and predicted speed: tpserve plan --help"
+    )
     commands.add_parser("models", parents=[server, as_json], help="the models that are loaded")
     commands.add_parser(
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import zmq
 
+from coordinator.choose import settle
 from coordinator.cluster import Cluster
 from coordinator.engine import Engine
 from coordinator.frontend import Frontend
@@ -37,12 +38,12 @@ def main() -> int:
         if "print_config" in flags:
             print(sourced.describe())
             return 0
-        settings = sourced.settings
         logging.basicConfig(
-            level=settings.log_level.upper(),
+            level=sourced.settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
-        serve(settings, listener=listen(sourced, os.environ))
+        listener = listen(sourced, os.environ)
+        serve(settle(sourced), listener=listener)
     except TpserveError as error:
         print(f"tpserve: error: {error.message}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, _USERS_ERRORS) else EXIT_FAILED

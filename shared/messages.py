@@ -420,7 +420,7 @@ class ModelGone(BaseEvent, frozen=True, kw_only=True, tag="model_gone"):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """One worker process. Times are sums over its steps, at most a second old."""
+    """One worker process. Times are sums over its steps, at most a second old; all of them at rest."""
 
     rank: int
     pid: int

@@ -225,7 +225,7 @@ class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
 
 
 class WorkerTimes(_FromWorker, frozen=True, kw_only=True, tag="times"):
-    """Sums over all steps of this rank; sent about once a second while it computes."""
+    """Sums over all steps of this rank; sent about once a second while it computes, and at rest."""
 
     compute_s: float
     comm_s: float

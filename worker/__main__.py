@@ -44,6 +44,8 @@ from worker.runner import Runner, TimedCommunicator
 log = logging.getLogger("worker")
 
 _TIMES_INTERVAL_S = 1.0
+_REST_MS = 20
+"""Without an order for so long, a worker tells what its last steps have added to its times."""
 
 
 class Worker:
@@ -59,6 +61,8 @@ class Worker:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._compute_s = self._comm_s = self._told_at = 0.0
+        self._resting = True
+        """All times are told, and nothing has been computed since."""
 
     def run(self) -> None:
         """Serve the coordinator until it says shut down."""
@@ -96,7 +100,16 @@ class Worker:
                 self._hear_of_loading(self._loading)
             if self._socket in readable:
                 break
-        return decode_to_worker(self._socket.recv())
+        try:
+            return decode_to_worker(self._socket.recv())
+        except zmq.Again:
+            self._rest()
+            return decode_to_worker(self._socket.recv())
+
+    def _rest(self) -> None:
+        self._tell_times()
+        self._resting = True
+        self._socket.rcvtimeo = -1
 
     def _hear_of_loading(self, loading: Loading) -> None:
         for report in loading.reports():
@@ -164,20 +177,25 @@ class Worker:
         return self._comm.seconds + self._ready_runner.comm_seconds
 
     def _account(self, elapsed_s: float, in_comm_s: float) -> None:
-        """Add up where the time goes, and tell it once a second."""
+        """Add up where the time goes, and tell it once a second and before a rest."""
         self._comm_s += in_comm_s
         self._compute_s += elapsed_s - in_comm_s
-        now = time.monotonic()
-        if now > self._told_at + _TIMES_INTERVAL_S:
-            self._told_at = now
-            self._send(
-                WorkerTimes(
-                    rank=self._rank,
-                    epoch=self._epoch,
-                    compute_s=self._compute_s,
-                    comm_s=self._comm_s,
-                )
+        if self._resting:
+            self._resting = False
+            self._socket.rcvtimeo = _REST_MS
+        if time.monotonic() > self._told_at + _TIMES_INTERVAL_S:
+            self._tell_times()
+
+    def _tell_times(self) -> None:
+        self._told_at = time.monotonic()
+        self._send(
+            WorkerTimes(
+                rank=self._rank,
+                epoch=self._epoch,
+                compute_s=self._compute_s,
+                comm_s=self._comm_s,
             )
+        )
 
     def _set_up(self, order: SetUp) -> None:
         torch.set_num_threads(order.threads)
