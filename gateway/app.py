@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from client.zmq_client import AsyncClient
-from gateway.access import KeyGuard, OriginGuard
+from gateway.access import HEALTH_PATHS, KeyGuard, OriginGuard
 from gateway.context import Gateway
 from gateway.errors import MethodError, NoRouteError, error_response
 from gateway.keys import Keys
@@ -21,6 +21,7 @@ from gateway.openai_routes import openai_routes
 from gateway.operator_routes import health_routes, model_routes
 from gateway.settings import HttpSettings
 from gateway.token_routes import token_routes
+from gateway.web_page import page_routes, read_page
 from shared.errors import InvalidRequestError, TpserveError
 
 CLIENT_CLOSED_REQUEST = 499
@@ -43,12 +44,14 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
     app.include_router(token_routes(gateway))
     app.include_router(health_routes(gateway))
     app.include_router(model_routes(gateway))
+    page = read_page()
+    app.include_router(page_routes(page))
     app.add_exception_handler(TpserveError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(ClientDisconnect, _tell_nobody)
     app.add_exception_handler(Exception, _tell_bug)
 
-    guarded: ASGIApp = KeyGuard(app, keys)
+    guarded: ASGIApp = KeyGuard(app, keys, open_paths={*HEALTH_PATHS, *page})
     if settings.cors_origin:
         # Outside the keys: a browser's first question comes without one.
         guarded = CORSMiddleware(
