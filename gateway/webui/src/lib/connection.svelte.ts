@@ -27,15 +27,16 @@ class Connection {
   #failures = 0;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #polling = false;
-  #onBack: (() => void)[] = [];
+  #onBack = new Set<() => void>();
 
   get isUp(): boolean {
     return this.phase === 'ready' || this.phase === 'replacing';
   }
 
-  /** Calls each time that the server answers again after it did not. */
-  whenBack(handler: () => void): void {
-    this.#onBack.push(handler);
+  /** Calls each time that the server answers again after it did not. What it gives back ends that. */
+  whenBack(handler: () => void): () => void {
+    this.#onBack.add(handler);
+    return () => this.#onBack.delete(handler);
   }
 
   start(): void {
@@ -72,14 +73,12 @@ class Connection {
 
   #take(status: Status): void {
     const wasAway = !this.isUp;
-    const first = this.#before === null;
     this.#rates(status);
     this.status = status;
     this.#failures = 0;
     this.phase = status.ready ? 'ready' : status.epoch > 1 ? 'replacing' : 'starting';
     this.reason = '';
     if (wasAway && this.isUp) for (const handler of this.#onBack) handler();
-    if (first && !this.isUp) this.#before = null;
   }
 
   #rates(status: Status): void {

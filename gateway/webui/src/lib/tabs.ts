@@ -9,14 +9,22 @@ export function tellTabs(session: number | null): void {
   channel.postMessage({ session } satisfies Change);
 }
 
-export function onOtherTab(handler: (change: Change) => void): void {
-  channel.addEventListener('message', (event: MessageEvent<Change>) => handler(event.data));
+/** What it gives back ends it, as with the others. */
+export function onOtherTab(handler: (change: Change) => void): () => void {
+  const hear = (event: MessageEvent<Change>) => handler(event.data);
+  channel.addEventListener('message', hear);
+  return () => channel.removeEventListener('message', hear);
 }
 
 /** Calls when the reader comes back to this tab. */
-export function onReturn(handler: () => void): void {
-  document.addEventListener('visibilitychange', () => {
+export function onReturn(handler: () => void): () => void {
+  const look = () => {
     if (document.visibilityState === 'visible') handler();
-  });
-  addEventListener('focus', handler);
+  };
+  document.addEventListener('visibilitychange', look);
+  addEventListener('focus', look);
+  return () => {
+    document.removeEventListener('visibilitychange', look);
+    removeEventListener('focus', look);
+  };
 }
