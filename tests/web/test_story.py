@@ -70,7 +70,7 @@ def test_what_is_typed_over_is_no_longer_tinted_and_what_is_not_sent_is_not_lost
     page.reload()
     expect(editor).to_have_value(written + " The end!")
     expect(page.get_by_text("Saved", exact=True)).to_be_visible()
-    editor.fill(BEGINNING.replace("bird", "fish") + written.removeprefix(BEGINNING))
+    editor.fill(BEGINNING.replace("bird", "fish") + written.removeprefix(BEGINNING) + " The end!")
     assert tinted(page) == written.removeprefix(BEGINNING)
 
 

@@ -22,9 +22,10 @@ export const notices = {
   },
 };
 
+/** One with the same text takes the place of the older, whose action is out of date. */
 export function notify(text: string, action?: Notice['action'], isError = false): void {
   const id = ++last;
-  shown = [...shown.slice(-2), { id, text, isError, ...(action ? { action } : {}) }];
+  shown = [...shown.filter((notice) => notice.text !== text).slice(-2), { id, text, isError, ...(action ? { action } : {}) }];
   setTimeout(() => dismiss(id), isError ? 2 * SHOWN_MS : SHOWN_MS);
 }
 
