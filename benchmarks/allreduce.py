@@ -33,9 +33,9 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from shared.messages import CommSetup  # noqa: E402 - runnable without being installed
 from shared.sharding import assign_shards  # noqa: E402
 from shared.shm import create_shm_region  # noqa: E402
+from shared.worker_messages import CommSetup  # noqa: E402
 from worker.comm.base import Communicator  # noqa: E402
 from worker.comm.open import open_communicator  # noqa: E402
 from worker.native.library import load_library  # noqa: E402

@@ -21,7 +21,7 @@ from coordinator.session_search import search
 from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Database
 from coordinator.tables import leaf_choices, messages, sessions
-from shared.messages import SearchSessions, SendTurn
+from shared.session_messages import SearchSessions, SendTurn
 
 WORDS = [f"word{number}" for number in range(2000)]
 OWNER = "local"

@@ -13,7 +13,8 @@ import zmq
 
 from coordinator.__main__ import serve
 from shared.config import argument_parser, load_settings
-from shared.messages import (
+from shared.sockets import dealer
+from shared.worker_messages import (
     Allocated,
     AllocateKV,
     CommReady,
@@ -27,7 +28,6 @@ from shared.messages import (
     decode_to_worker,
     encode,
 )
-from shared.sockets import dealer
 
 
 def work(rank: int, epoch: int, address: str, step_s: float) -> None:

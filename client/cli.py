@@ -142,6 +142,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"
     )
     _add_session_commands(commands, server, as_json)
+    _add_job_commands(commands, server, generation, as_json)
     _add_cache_commands(commands, as_json)
     return parser
 
@@ -174,6 +175,54 @@ def _add_session_commands(
         action.add_argument(
             "file", metavar="FILE", nargs="?", default="-", help="default: - (pipe)"
         )
+
+
+def _add_job_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    server: argparse.ArgumentParser,
+    generation: argparse.ArgumentParser,
+    as_json: argparse.ArgumentParser,
+) -> None:
+    """`tpserve submit`, and `tpserve jobs` with its own commands."""
+    submit = commands.add_parser(
+        "submit",
+        parents=[server, generation, as_json],
+        allow_abbrev=False,
+        help="have the server store a job and run it, also over its restart",
+        description="Store a job and print its id; tpserve jobs shows what becomes of it.",
+    )
+    submit.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="text to continue; without it, or for -, standard input less its last line break",
+    )
+    submit.add_argument("--chat", action="store_true", help="PROMPT is to be answered")
+    submit.add_argument("--system", metavar="TEXT", help="instructions that precede it; a chat")
+    submit.add_argument("--id", metavar="ID", help="its id: submitted twice, it runs once")
+    submit.add_argument(
+        "--priority", metavar="N", type=int, default=0, help="lower numbers start first"
+    )
+    submit.add_argument(
+        "--keep", metavar="SECONDS", type=int, help="after its end (default: as the server's)"
+    )
+    jobs = commands.add_parser("jobs", help="what was submitted; tpserve jobs --help")
+    actions = jobs.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", parents=[server, as_json], help="the newest first")
+    show = actions.add_parser("show", parents=[server, as_json], help="state and result of one")
+    follow = actions.add_parser("follow", parents=[server], help="print one as it is written")
+    cancel = actions.add_parser("cancel", parents=[server], help="end them early")
+    rm = actions.add_parser("rm", parents=[server], help="forget those that have ended")
+    states = ["queued", "running", "done", "failed", "cancelled"]
+    listing.add_argument("--state", choices=states, help="only these")
+    listing.add_argument("--limit", metavar="N", type=_count, default=50, help="(default: 50)")
+    for action in (show, follow):
+        action.add_argument("job", metavar="ID")
+    for action in (cancel, rm):
+        action.add_argument("job", metavar="ID", nargs="+")
+    follow.add_argument(
+        "--from-token", metavar="N", type=int, default=0, help="leave out the first N tokens"
+    )
 
 
 def _add_cache_commands(

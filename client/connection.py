@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from client.exchange import Exchange
 from shared.errors import ConfigError, ConnectionLostError
-from shared.messages import Event
+from shared.protocol import Event
 from shared.sockets import dealer
 
 CLOSING_LINGER_MS = 200

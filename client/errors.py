@@ -4,7 +4,8 @@ from typing import TypeVar
 
 from shared import errors
 from shared.errors import TpserveError
-from shared.messages import Event, Failed
+from shared.messages import Failed
+from shared.protocol import Event
 
 E = TypeVar("E", bound=Event)
 

@@ -10,19 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Set
 
-from client.requests import encode_request, new_id
+from client.requests import frame_of, new_id
 from shared.errors import ConnectionLostError, TpserveError
-from shared.messages import (
-    PROTOCOL_VERSION,
-    TERMINAL_EVENTS,
-    Cancel,
-    Event,
-    Generate,
-    GetHealth,
-    Request,
-    TurnRequest,
-    decode_events,
-)
+from shared.messages import PROTOCOL_VERSION, Cancel, GetHealth
+from shared.protocol import TERMINAL_EVENTS, Event, JobRequest, Request, decode_events
 
 
 class Exchange:
@@ -77,13 +68,13 @@ class Exchange:
 
     def open(self, request: Request) -> None:
         """Send a request; its events are kept from now on."""
-        frame = encode_request(request)
+        frame = frame_of(request)
         self._cancel_garbage()
         if not self._unread:
             self._quiet_since = time.monotonic()
         self._send(frame)
         self._unread[request.id] = deque()
-        if isinstance(request, Generate | TurnRequest):
+        if isinstance(request, JobRequest):
             self._jobs.add(request.id)
 
     def next_event(self, request_id: str) -> Event | None:
@@ -106,7 +97,7 @@ class Exchange:
         """Ask for the end of a job; its `cancelled` event is still to come."""
         if not self.lost and job in self._jobs:
             # Nobody reads the answer to this request: the job's own last event tells the same.
-            self._send(encode_request(Cancel(id=new_id(), job=job)))
+            self._send(frame_of(Cancel(id=new_id(), job=job)))
 
     def close(self, request_id: str) -> None:
         """Forget a request: events that still come for it are dropped; a job is cancelled."""
@@ -164,7 +155,7 @@ class Exchange:
             self.cancel(job)
 
     def _ask_health(self) -> None:
-        self._send(encode_request(GetHealth(id=new_id())))
+        self._send(frame_of(GetHealth(id=new_id())))
         self._asked_at = time.monotonic()
 
     def _deadline(self) -> float:

@@ -15,11 +15,10 @@ from shared.messages import (
     Load,
     Message,
     Precision,
-    Request,
     SamplingParams,
     Tokenize,
-    encode,
 )
+from shared.protocol import Request, encode_request
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -80,7 +79,7 @@ def chat_request(
     **fields: Unpack[JobOptions],
 ) -> Generate:
     """Answer `messages`, each a Message or a mapping with `role` and `content`."""
-    turns = _turns(messages)
+    turns = as_messages(messages)
     params = SamplingParams(**options)
     return Generate(id=request_id or new_id(), kind="chat", messages=turns, params=params, **fields)
 
@@ -92,10 +91,11 @@ def tokenize_request(
     request_id = request_id or new_id()
     if isinstance(text, str):
         return Tokenize(id=request_id, model=model, prompt=text)
-    return Tokenize(id=request_id, model=model, messages=_turns(text))
+    return Tokenize(id=request_id, model=model, messages=as_messages(text))
 
 
-def _turns(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
+def as_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
+    """A conversation. Raises InvalidRequestError."""
     try:
         return msgspec.convert(messages, list[Message])
     except msgspec.ValidationError as error:
@@ -111,14 +111,14 @@ def load_request(
     return Load(id=request_id or new_id(), name=name, path=where, **options)
 
 
-def encode_request(request: Request) -> bytes:
+def frame_of(request: Request) -> bytes:
     """The request's frame. Raises InvalidRequestError for what no frame can carry.
 
     Limits of single fields are the server's to check; but it closes the connection on a frame that
     is too long, so that one is refused here.
     """
     try:
-        frame = encode(request)
+        frame = encode_request(request)
     except UnicodeEncodeError as error:
         raise InvalidRequestError(f"the text is not valid Unicode: {error}") from None
     except OverflowError as error:

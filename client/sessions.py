@@ -6,23 +6,21 @@ from typing import Protocol, TypeVar, Unpack
 from client.connection import AsyncConnection, Connection
 from client.requests import SamplingOptions, new_id
 from client.streams import AsyncStream, Stream
-from shared.messages import (
+from shared.messages import Kind, SamplingParams
+from shared.protocol import Event, Request
+from shared.session_messages import (
     ContinueTurn,
     CreateSession,
     DeleteSession,
     EditTurn,
-    Event,
     ExportSession,
     GetSession,
     ImportSession,
-    Kind,
     ListSessions,
     Redo,
     Regenerate,
     RenameSession,
-    Request,
     Rollback,
-    SamplingParams,
     SearchSessions,
     SelectBranch,
     SendTurn,
@@ -34,7 +32,7 @@ from shared.messages import (
     SessionState,
     Undo,
 )
-from shared.messages import Sessions as Page
+from shared.session_messages import Sessions as Page
 
 E = TypeVar("E", bound=Event)
 

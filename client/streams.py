@@ -8,22 +8,16 @@ from typing import Self
 from client.connection import AsyncConnection, Connection
 from client.errors import JobCancelledError, expect
 from client.exchange import Exchange
-from shared.messages import (
-    Cancelled,
-    Done,
-    Event,
-    Failed,
-    Generate,
-    Token,
-    TurnRequest,
-    TurnStored,
-)
+from shared.job_messages import FollowJob
+from shared.messages import Cancelled, Done, Failed, Token
+from shared.protocol import Event, JobRequest
+from shared.session_messages import TurnStored
 
 
 class _Answer:
     """One job as far as its events have been read. Sends, but never waits."""
 
-    def __init__(self, exchange: Exchange, request: Generate | TurnRequest) -> None:
+    def __init__(self, exchange: Exchange, request: JobRequest) -> None:
         self._exchange = exchange
         self._closed = False
         self.id = request.id
@@ -35,6 +29,7 @@ class _Answer:
         """The job's last event, once it is read."""
         self.stored: TurnStored | None = None
         """Of a turn: what its session has got by it, once `end` is there."""
+        self._whole = not isinstance(request, FollowJob) and not request.stream
         exchange.open(request)
 
     def cancel(self) -> None:
@@ -62,7 +57,7 @@ class _Answer:
             return event.text
         if isinstance(event, Done | Cancelled):
             # An answer that is not streamed comes whole, with its last event.
-            added = event.text.removeprefix(self.text)
+            added = event.text if self._whole else ""
             self.text, self.token_ids, self.end = event.text, event.token_ids, event
             return added
         if isinstance(event, TurnStored):
@@ -93,7 +88,7 @@ class Stream(_Answer):
     the iteration.
     """
 
-    def __init__(self, connection: Connection, request: Generate | TurnRequest) -> None:
+    def __init__(self, connection: Connection, request: JobRequest) -> None:
         self._connection = connection
         super().__init__(connection.exchange, request)
 
@@ -138,7 +133,7 @@ class Stream(_Answer):
 class AsyncStream(_Answer):
     """`Stream` for `async for`, in the event loop that its client was used in first."""
 
-    def __init__(self, connection: AsyncConnection, request: Generate | TurnRequest) -> None:
+    def __init__(self, connection: AsyncConnection, request: JobRequest) -> None:
         self._connection = connection
         super().__init__(connection.exchange, request)
 

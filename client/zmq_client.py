@@ -18,6 +18,7 @@ from typing import Generic, Self, TypeVar, Unpack
 from client.connection import AsyncConnection, Connection
 from client.defaults import DEFAULT_ADDRESS, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 from client.errors import JobCancelledError, RemoteError, expect
+from client.jobs import AsyncJobs, Jobs
 from client.requests import (
     LoadOptions,
     SamplingOptions,
@@ -32,7 +33,6 @@ from client.streams import AsyncStream, Stream
 from shared.errors import ConnectionLostError
 from shared.messages import (
     Detokenize,
-    Event,
     GetHealth,
     GetStatus,
     Health,
@@ -43,12 +43,12 @@ from shared.messages import (
     ModelInfo,
     ModelReady,
     Models,
-    Request,
     Status,
     Text,
     Tokens,
     Unload,
 )
+from shared.protocol import Event, JobRequest, Request
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "JobCancelledError", "RemoteError", "Stream"]
 
@@ -93,7 +93,12 @@ class Client(_BaseClient[Connection]):
     @property
     def sessions(self) -> Sessions:
         """Conversations and stories that the server keeps."""
-        return Sessions(self._ask, self._connection)
+        return Sessions(self.ask, self._connection)
+
+    @property
+    def jobs(self) -> Jobs:
+        """Generation that goes on without this client."""
+        return Jobs(self.ask, self._connection)
 
     def story(
         self,
@@ -156,7 +161,7 @@ class Client(_BaseClient[Connection]):
         Its jobs are finished first, unless `force` ends them.
         """
         request = Unload(id=request_id or new_id(), name=name, force=force)
-        return self._ask(request, ModelGone).freed_bytes
+        return self.ask(request, ModelGone).freed_bytes
 
     def tokenize(
         self,
@@ -166,26 +171,26 @@ class Client(_BaseClient[Connection]):
         request_id: str | None = None,
     ) -> Tokens:
         """The tokens that a model reads for a prompt or, with its template, for a conversation."""
-        return self._ask(tokenize_request(text, model, request_id), Tokens)
+        return self.ask(tokenize_request(text, model, request_id), Tokens)
 
     def detokenize(
         self, token_ids: Sequence[int], *, model: str | None = None, request_id: str | None = None
     ) -> str:
         """The text of tokens, special ones included."""
         request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
-        return self._ask(request, Text).text
+        return self.ask(request, Text).text
 
     def models(self) -> list[ModelInfo]:
         """What is loaded."""
-        return self._ask(ListModels(id=new_id()), Models).models
+        return self.ask(ListModels(id=new_id()), Models).models
 
     def status(self) -> Status:
         """Workers, queue, memory, rates."""
-        return self._ask(GetStatus(id=new_id()), Status)
+        return self.ask(GetStatus(id=new_id()), Status)
 
     def health(self) -> Health:
         """Whether tokens come through all workers."""
-        return self._ask(GetHealth(id=new_id()), Health)
+        return self.ask(GetHealth(id=new_id()), Health)
 
     def close(self) -> None:
         """Cancel what is still running and leave. May be called twice."""
@@ -193,7 +198,12 @@ class Client(_BaseClient[Connection]):
         if self._current is not None:
             self._current.close()
 
-    def _ask(self, request: Request, answer: type[E]) -> E:
+    def start(self, request: JobRequest) -> Stream:
+        """Send what is answered by a job's events, made by hand."""
+        return Stream(self._connection(), request)
+
+    def ask(self, request: Request, answer: type[E]) -> E:
+        """Send a request made by hand, and wait for its one answer."""
         connection = self._connection()
         connection.exchange.open(request)
         try:
@@ -225,7 +235,12 @@ class AsyncClient(_BaseClient[AsyncConnection]):
     @property
     def sessions(self) -> AsyncSessions:
         """Conversations and stories that the server keeps."""
-        return AsyncSessions(self._ask, self._connection)
+        return AsyncSessions(self.ask, self._connection)
+
+    @property
+    def jobs(self) -> AsyncJobs:
+        """Generation that goes on without this client."""
+        return AsyncJobs(self.ask, self._connection)
 
     def story(
         self,
@@ -288,7 +303,7 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         Its jobs are finished first, unless `force` ends them.
         """
         request = Unload(id=request_id or new_id(), name=name, force=force)
-        return (await self._ask(request, ModelGone)).freed_bytes
+        return (await self.ask(request, ModelGone)).freed_bytes
 
     async def tokenize(
         self,
@@ -298,26 +313,26 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         request_id: str | None = None,
     ) -> Tokens:
         """The tokens that a model reads for a prompt or, with its template, for a conversation."""
-        return await self._ask(tokenize_request(text, model, request_id), Tokens)
+        return await self.ask(tokenize_request(text, model, request_id), Tokens)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, model: str | None = None, request_id: str | None = None
     ) -> str:
         """The text of tokens, special ones included."""
         request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
-        return (await self._ask(request, Text)).text
+        return (await self.ask(request, Text)).text
 
     async def models(self) -> list[ModelInfo]:
         """What is loaded."""
-        return (await self._ask(ListModels(id=new_id()), Models)).models
+        return (await self.ask(ListModels(id=new_id()), Models)).models
 
     async def status(self) -> Status:
         """Workers, queue, memory, rates."""
-        return await self._ask(GetStatus(id=new_id()), Status)
+        return await self.ask(GetStatus(id=new_id()), Status)
 
     async def health(self) -> Health:
         """Whether tokens come through all workers."""
-        return await self._ask(GetHealth(id=new_id()), Health)
+        return await self.ask(GetHealth(id=new_id()), Health)
 
     async def close(self) -> None:
         """Cancel what is still running and leave. May be called twice."""
@@ -325,7 +340,12 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         if self._current is not None:
             await self._current.close()
 
-    async def _ask(self, request: Request, answer: type[E]) -> E:
+    def start(self, request: JobRequest) -> AsyncStream:
+        """Send what is answered by a job's events, made by hand."""
+        return AsyncStream(self._connection(), request)
+
+    async def ask(self, request: Request, answer: type[E]) -> E:
+        """Send a request made by hand, and wait for its one answer."""
         connection = self._connection()
         connection.exchange.open(request)
         try:

@@ -86,7 +86,7 @@ def serve(
 
 
 def _open_store(settings: Settings) -> Store | None:
-    """The sessions' database; None: there is none. Raises ConfigError when the one asked for fails."""
+    """The database of sessions and jobs; None: there is none. Raises ConfigError when the one asked for fails."""
     if settings.database == "none":
         return None
     try:
@@ -95,7 +95,7 @@ def _open_store(settings: Settings) -> Store | None:
         if settings.database != "auto":
             raise
         # Nobody asked for it: stories and chats do not need it.
-        log.warning("no sessions are kept: %s", error.message)
+        log.warning("no sessions and no jobs are kept: %s", error.message)
         return None
 
 

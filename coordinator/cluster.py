@@ -18,19 +18,20 @@ import zmq
 from coordinator.supervisor import Supervisor
 from shared.config import Settings
 from shared.errors import TpserveError, WorkerLostError
-from shared.messages import (
-    BLOCK_TOKENS,
+from shared.messages import BLOCK_TOKENS, KVPrecision, Precision
+from shared.sharding import assign_shards
+from shared.shm import create_shm_region
+from shared.sockets import worker_facing
+from shared.worker_messages import (
     Allocated,
     AllocateKV,
     CommReady,
     CommSetup,
     FromWorker,
     Hello,
-    KVPrecision,
     Loaded,
     LoadModel,
     LoadProgress,
-    Precision,
     SetUp,
     ShutDown,
     StepPlan,
@@ -43,9 +44,6 @@ from shared.messages import (
     decode_from_worker,
     encode,
 )
-from shared.sharding import assign_shards
-from shared.shm import create_shm_region
-from shared.sockets import worker_facing
 
 log = logging.getLogger("coordinator.cluster")
 

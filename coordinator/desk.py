@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from coordinator.followers import Followers
 from coordinator.frontend import Frontend, failed
 from coordinator.intake import Intake, Order, test_job
 from coordinator.job import Job
@@ -24,11 +25,11 @@ from shared.errors import (
     TpserveError,
     UnloadedError,
 )
+from shared.job_messages import StoredJobRequest
 from shared.messages import (
     Cancel,
     Cancelled,
     Detokenize,
-    Event,
     Generate,
     GetHealth,
     GetStatus,
@@ -37,23 +38,26 @@ from shared.messages import (
     Models,
     Progress,
     Queued,
-    SessionRequest,
     Started,
     Token,
     Tokenize,
-    TokenLogprobs,
     Unload,
 )
+from shared.protocol import Event
+from shared.session_messages import SessionRequest
+from shared.worker_messages import TokenLogprobs
 
 log = logging.getLogger("coordinator.desk")
 
-Question = GetStatus | GetHealth | Load | Unload | SessionRequest
+Question = GetStatus | GetHealth | Load | Unload | SessionRequest | StoredJobRequest
 Ending = Callable[[Event, Job | None], None]
 """Is given a job's last event instead of its client, and the job if there was one."""
 
 _REPORT_INTERVAL_S = 1.0
 _NOBODY = b""
 """The client of the server's own test jobs."""
+STORED = b"\0stored"
+"""The client of the jobs that the server keeps; no connection has such a routing id."""
 
 
 class Desk:
@@ -78,6 +82,8 @@ class Desk:
         self._endings: dict[tuple[bytes, str], Ending] = {}
         """Of jobs, and of what is to become one, whose end somebody else takes first."""
         self._next_report = 0.0
+        self.followers = Followers(frontend)
+        """Of the jobs of `STORED`."""
         self.test_problems: dict[str, TpserveError] = {}
         """By model: why its test job has failed."""
 
@@ -140,6 +146,26 @@ class Desk:
         """A job that was promised does not come."""
         self._endings.pop((client, request_id), None)
 
+    def cancel(self, client: bytes, job_id: str) -> bool:
+        """End a job early, in its `cancelled` event; whether there is one."""
+        key = (client, job_id)
+        if key in self._preparing:
+            del self._preparing[key]
+            self._last_event(client, Cancelled(id=job_id))
+        elif (job := self._jobs.get(key)) is not None:
+            self._end(job)
+            self._last_event(client, job.cancelled(), job)
+        elif key in self._endings:
+            self._last_event(client, Cancelled(id=job_id))
+        else:
+            return False
+        return True
+
+    def answers(self, client: bytes, job_id: str) -> list[Sequence]:
+        """Those of a job, as far as they have come; none: it has not been queued yet."""
+        job = self._jobs.get((client, job_id))
+        return job.sequences if job is not None else []
+
     def start_test_job(self, model: ServedModel) -> None:
         """Queue a job of one token, to see that the workers compute."""
         test = test_job(_NOBODY, model)
@@ -153,6 +179,9 @@ class Desk:
             self._metrics.totals.prompt_tokens += job.prompt_tokens
         self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=job.prompt_tokens))
         for sequence in job.sequences if job.request.params.echo else ():
+            if job.client is STORED:
+                self.followers.pass_on_tokens(job.id, sequence)
+                continue
             prompt = Token(id=job.id, text=sequence.text, token_ids=[], index=sequence.index)
             self._stream(job, prompt)
 
@@ -180,7 +209,9 @@ class Desk:
                 break
         self._metrics.totals.tokens_generated += used
         sequence.logprobs += details
-        if job.request.stream:
+        if job.client is STORED:
+            self.followers.pass_on_tokens(job.id, sequence)
+        elif job.request.stream:
             event = Token(
                 id=job.id,
                 text=text,
@@ -221,7 +252,9 @@ class Desk:
 
     def publish(self, client: bytes, event: Event) -> None:
         """Have an event sent with the next `flush`."""
-        if client is not _NOBODY:
+        if client is STORED:
+            self.followers.pass_on(event)
+        elif client is not _NOBODY:
             self._frontend.publish(client, event)
 
     def report_progress(self) -> None:
@@ -265,21 +298,17 @@ class Desk:
         refuse_if_full(tokens, limit, "prompt tokens", "--queue-tokens", retry)
         if self._models.get(job.model) is None or self._models[job.model].state != "ready":
             raise UnloadedError(f"model {job.model!r} was unloaded")
+        if job.client is STORED:
+            for sequence in job.sequences:
+                sequence.text_ends = []
         self._jobs[job.key] = job
         position = self._models[job.model].queue.add(job)
         self._stream(job, Queued(id=job.id, position=position))
 
     def _cancel(self, client: bytes, request: Cancel) -> None:
-        key = (client, request.job)
-        if key in self._preparing:
-            del self._preparing[key]
-            self._last_event(client, Cancelled(id=request.job))
-        elif (job := self._jobs.get(key)) is not None:
-            self._end(job)
-            self._last_event(client, job.cancelled(), job)
-        elif key in self._endings:
-            self._last_event(client, Cancelled(id=request.job))
-        else:
+        if self.followers.remove(client, request.job):
+            self.publish(client, Cancelled(id=request.job))
+        elif not self.cancel(client, request.job):
             raise JobNotFoundError(f"no job with the id {request.job!r} is under way")
         self.publish(client, Cancelled(id=request.id))
 
@@ -298,7 +327,7 @@ class Desk:
         for key in preparing:
             self._preparing.pop(key, None)
         error = SlowReaderError("too many events wait to be read: the job was ended")
-        owed: list[Event] = []
+        owed: list[Event] = [failed(id_, error) for id_ in self.followers.drop(client)]
         of_id: dict[str, Job | None] = {key[1]: None for key in preparing}
         of_id |= {job.id: job for job in dropped}
         for job_id, ended in of_id.items():

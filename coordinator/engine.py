@@ -24,9 +24,12 @@ from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
 from coordinator.sessions import SessionDesk
 from coordinator.store import Store
+from coordinator.stored_jobs import StoredJobDesk
 from shared.config import Settings
 from shared.errors import NotReadyError, TpserveError, WorkerLostError
-from shared.messages import GetHealth, GetStatus, Health, Load, StepPlan, StepResult, Unload
+from shared.job_messages import CancelJob, DeleteJob, FollowJob, GetJob, ListJobs, SubmitJob
+from shared.messages import GetHealth, GetStatus, Health, Load, Unload
+from shared.worker_messages import StepPlan, StepResult
 
 log = logging.getLogger("coordinator.engine")
 
@@ -60,7 +63,7 @@ class Engine:
         store: Store | None = None,
         http_url: str | None = None,
     ) -> None:
-        """store: of the sessions; None: there are none. http_url: told to the user when ready."""
+        """store: of sessions and jobs; None: there are none. http_url: told to the user when ready."""
         self.settings, self.models = settings, models
         self.cluster = cluster
         self.ready = False
@@ -72,6 +75,7 @@ class Engine:
             settings, models, cluster, self._desk, self._start_steps, self._stop_steps
         )
         self._sessions = SessionDesk(store, self._desk)
+        self._stored_jobs = StoredJobDesk(store, self._desk, settings, models)
         self._sent: deque[SentStep] = deque()
         self._step = 0
         """Number of the last plan."""
@@ -106,6 +110,7 @@ class Engine:
             if self._frontend.socket in readable:
                 self._answer(self._desk.take_requests())
             self._model_desk.advance()
+            self._stored_jobs.advance()
             planning = clock()
             self._plan_ahead()  # before events are sent: the workers should not wait for them
             planned = clock()
@@ -124,6 +129,7 @@ class Engine:
 
     def close(self, reason: str) -> None:
         """Tell every waiting client, end the workers."""
+        self._stored_jobs.stop()
         self._give_up_steps(NotReadyError(reason))
         self._desk.flush()
         self._sessions.close()
@@ -154,6 +160,8 @@ class Engine:
                 self._model_desk.load(client, question)
             case Unload():
                 self._model_desk.unload(client, question)
+            case SubmitJob() | GetJob() | FollowJob() | ListJobs() | CancelJob() | DeleteJob():
+                self._stored_jobs.answer(client, question)
             case _:
                 self._sessions.answer(client, question)
 

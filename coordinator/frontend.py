@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import zmq
 
 from shared.errors import TpserveError
-from shared.messages import (
+from shared.messages import Failed
+from shared.protocol import (
     TERMINAL_EVENTS,
     BadRequestError,
     Event,
-    Failed,
     Request,
     decode_request,
     encode_events,

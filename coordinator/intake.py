@@ -24,15 +24,8 @@ from shared.errors import (
     NotReadyError,
     TpserveError,
 )
-from shared.messages import (
-    Detokenize,
-    Generate,
-    Sampling,
-    SamplingParams,
-    Text,
-    Tokenize,
-    Tokens,
-)
+from shared.messages import Detokenize, Generate, SamplingParams, Text, Tokenize, Tokens
+from shared.worker_messages import Sampling
 
 Order = Generate | Tokenize | Detokenize
 """What needs a tokenizer."""

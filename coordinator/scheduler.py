@@ -13,7 +13,8 @@ from coordinator.job import Job
 from coordinator.jobs import JobQueue
 from coordinator.kv_blocks import BlockPool
 from coordinator.sequence import Sequence
-from shared.messages import BLOCK_TOKENS, BlockCopy, SequenceStep
+from shared.messages import BLOCK_TOKENS
+from shared.worker_messages import BlockCopy, SequenceStep
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from coordinator.kv_blocks import chain_digest
 from coordinator.text import Detokenizer, StopStrings
-from shared.messages import BLOCK_TOKENS, Choice, FinishReason, History, Sampling, TokenLogprob
+from shared.messages import BLOCK_TOKENS, Choice, FinishReason, TokenLogprob
+from shared.worker_messages import History, Sampling
 
 
 @dataclass(eq=False)
@@ -34,6 +35,8 @@ class Sequence:
 
     text: str = ""
     """What has been given out."""
+    text_ends: list[int] | None = None
+    """Length of `text` after each new token, where a reader may come back for the rest; else None."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -113,6 +116,8 @@ class Sequence:
             elif self.finish_reason is not None:
                 text += self.stop_strings.flush()
         self.text += text
+        if self.text_ends is not None:
+            self.text_ends.append(len(self.text))
         return text
 
     def choice(self) -> Choice:

@@ -4,7 +4,7 @@ from sqlalchemy import select
 
 from coordinator.session_tree import NewMessage, Shelf, params_of, timings_of
 from coordinator.tables import messages
-from shared.messages import ExportedMessage, SessionExport
+from shared.session_messages import ExportedMessage, SessionExport
 
 
 def export_session(shelf: Shelf, session: int) -> SessionExport:

@@ -5,7 +5,8 @@ import re
 from sqlalchemy import text
 
 from coordinator.session_tree import Shelf
-from shared.messages import SearchSessions, SessionHit, SessionHits
+from coordinator.tables import AnyText
+from shared.session_messages import SearchSessions, SessionHit, SessionHits
 
 _TEXT_CHARACTERS = 160
 
@@ -57,7 +58,8 @@ def search(shelf: Shelf, request: SearchSessions) -> SessionHits:
     else:
         query, match = _POSTGRESQL, " & ".join(f"'{word}':*" for word in words)
     parameters = {"words": match, "owner": shelf.owner, "most": request.limit}
-    rows = shelf.connection.execute(text(query), parameters).all() if words else []
+    typed = text(query).columns(title=AnyText(), found=AnyText())
+    rows = shelf.connection.execute(typed, parameters).all() if words else []
     hits = [
         SessionHit(
             session=row.session,

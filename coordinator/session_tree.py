@@ -28,16 +28,13 @@ from sqlalchemy import (
 
 from coordinator.tables import leaf_choices, messages, sessions
 from shared.errors import InvalidRequestError, SessionNotFoundError
-from shared.messages import (
+from shared.messages import FinishReason, Role, SamplingParams, Timings
+from shared.session_messages import (
     CreateSession,
-    FinishReason,
-    Role,
-    SamplingParams,
     SessionInfo,
     Sessions,
     SessionState,
     StoredMessage,
-    Timings,
 )
 
 _TITLE_CHARACTERS = 60

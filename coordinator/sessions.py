@@ -22,15 +22,14 @@ from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Store
 from coordinator.turns import BegunTurn
 from shared.errors import SessionBusyError, SessionsOffError, TpserveError
-from shared.messages import (
+from shared.messages import Done, Failed
+from shared.protocol import Event
+from shared.session_messages import (
     ContinueTurn,
     CreateSession,
     DeleteSession,
-    Done,
     EditTurn,
-    Event,
     ExportSession,
-    Failed,
     GetSession,
     ImportSession,
     ListSessions,
@@ -51,8 +50,6 @@ from shared.messages import (
 
 T = TypeVar("T")
 
-_OWNER = "local"
-"""Of all sessions, as long as clients are not told apart."""
 _CLOSE_TIMEOUT_S = 10.0
 _CLOSE_TICK_S = 0.05
 
@@ -68,6 +65,11 @@ class _Turn:
     ended_early: Event | None = None
     """Its last event, when that came before it had begun."""
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Under which it is kept."""
+        return self.request.user, self.request.session
+
 
 class SessionDesk:
     """See the module."""
@@ -75,8 +77,8 @@ class SessionDesk:
     def __init__(self, store: Store | None, desk: Desk) -> None:
         """store: None when the server keeps no sessions."""
         self._store, self._desk = store, desk
-        self._turns: dict[int, _Turn] = {}
-        """By session."""
+        self._turns: dict[tuple[str, int], _Turn] = {}
+        """By user and session; the database has yet to say whether it is that user's."""
 
     @property
     def wake_fd(self) -> int | None:
@@ -100,7 +102,7 @@ class SessionDesk:
                 self._ask(client, request, _look_up, reads=True)
             case _:
                 if not isinstance(request, CreateSession | ImportSession | RenameSession):
-                    self._refuse_if_busy(request.session)
+                    self._refuse_if_busy(request.user, request.session)
                 self._ask(client, request, _change)
 
     def take_stored(self) -> None:
@@ -133,10 +135,11 @@ class SessionDesk:
             else:
                 self._desk.publish(client, outcome)
 
-        self._submit(lambda shelf: work(shelf, request), then, reads=reads)
+        self._submit(request.user, lambda shelf: work(shelf, request), then, reads=reads)
 
     def _submit(
         self,
+        user: str,
         work: Callable[[Shelf], T],
         then: Callable[[T | TpserveError], None],
         *,
@@ -145,12 +148,12 @@ class SessionDesk:
         assert self._store is not None, "requests are refused without one"
 
         def in_store(connection: Connection) -> T:
-            return work(Shelf(connection, _OWNER))
+            return work(Shelf(connection, user))
 
         self._store.submit(in_store, then, reads=reads)
 
-    def _refuse_if_busy(self, session: int) -> None:
-        if session in self._turns:
+    def _refuse_if_busy(self, user: str, session: int) -> None:
+        if (user, session) in self._turns:
             raise SessionBusyError(
                 f"an answer is being written in session {session}: wait for its end, or cancel it"
             )
@@ -158,19 +161,21 @@ class SessionDesk:
     # --- turns ------------------------------------------------------------------------------------
 
     def _begin(self, client: bytes, request: TurnRequest) -> None:
-        self._refuse_if_busy(request.session)
+        self._refuse_if_busy(request.user, request.session)
         turn = _Turn(client, request)
         self._desk.promise(client, request.id, lambda event, job: self._ended(turn, event, job))
-        self._turns[request.session] = turn
+        self._turns[turn.key] = turn
         self._submit(
-            lambda shelf: turns.begin(shelf, request), lambda outcome: self._begun(turn, outcome)
+            request.user,
+            lambda shelf: turns.begin(shelf, request),
+            lambda outcome: self._begun(turn, outcome),
         )
 
     def _begun(self, turn: _Turn, outcome: BegunTurn | TpserveError) -> None:
         client, request = turn.client, turn.request
         if isinstance(outcome, TpserveError):
             self._desk.withdraw(client, request.id)
-            del self._turns[request.session]
+            del self._turns[turn.key]
             if turn.ended_early is None:
                 self._desk.refuse(client, request.id, outcome)
             else:
@@ -202,10 +207,10 @@ class SessionDesk:
                 kept = None
             return TurnStored(id=event.id, session=begun.session, user_message=kept, answer=message)
 
-        self._submit(store, lambda outcome: self._stored(turn, event, outcome))
+        self._submit(turn.request.user, store, lambda outcome: self._stored(turn, event, outcome))
 
     def _stored(self, turn: _Turn, event: Event, outcome: TurnStored | TpserveError) -> None:
-        del self._turns[turn.request.session]
+        del self._turns[turn.key]
         if isinstance(outcome, TurnStored):
             self._desk.publish(turn.client, outcome)
             self._desk.publish(turn.client, event)

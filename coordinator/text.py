@@ -18,8 +18,9 @@ from coordinator.tokenizer_files import (
     token_text,
 )
 from shared.errors import ContextLengthError, InvalidRequestError, ModelError
-from shared.messages import Alternative, Message, TokenLogprob, TokenLogprobs
+from shared.messages import Alternative, Message, TokenLogprob
 from shared.model_config import ModelConfig
+from shared.worker_messages import TokenLogprobs
 
 CHATML = (
     "{% for message in messages %}"

@@ -12,15 +12,8 @@ from sqlalchemy import Row
 
 from coordinator.session_tree import NewMessage, Shelf, params_of
 from shared.errors import InvalidRequestError
-from shared.messages import (
-    ContinueTurn,
-    EditTurn,
-    Generate,
-    Message,
-    Regenerate,
-    SendTurn,
-    TurnRequest,
-)
+from shared.messages import Generate, Message
+from shared.session_messages import ContinueTurn, EditTurn, Regenerate, SendTurn, TurnRequest
 
 
 @dataclass(frozen=True)

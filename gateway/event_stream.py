@@ -6,6 +6,8 @@ pile up, is cut off. So is a job whose client has gone.
 
 import asyncio
 import logging
+import socket
+import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +26,9 @@ MAX_UNSENT_BYTES = 1 << 20
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 Outcome = Literal["done", "failed", "client_gone", "slow_reader", "stopped"]
+
+_DROP_UNSENT = struct.pack("ii", 1, 0)
+"""For SO_LINGER: on, for 0 s."""
 
 T = TypeVar("T")
 
@@ -95,7 +100,7 @@ class EventStream(Response):
         except SlowReaderError as error:
             self._outcome = "slow_reader"
             log.warning("a client was cut off: %s", error.message)
-            scope["state"]["transport"].abort()
+            _reset(scope["state"]["transport"])
         except asyncio.CancelledError:
             self._outcome = "stopped"
             raise
@@ -158,3 +163,10 @@ async def _end(*tasks: "asyncio.Future[Any]") -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Cut the connection off so that the kernel does not go on sending to who does not read."""
+    connection = transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DROP_UNSENT)
+    transport.abort()

@@ -9,7 +9,8 @@ from client.errors import JobCancelledError
 from client.zmq_client import AsyncClient, AsyncStream
 from gateway.openai_requests import Generation
 from shared.errors import TpserveError
-from shared.messages import Cancelled, Done, Event
+from shared.messages import Cancelled, Done
+from shared.protocol import Event
 
 JobEvent = tuple[int, Event]
 """A job's number within its request, and what has happened to it."""

@@ -114,10 +114,18 @@ class Settings(Struct, frozen=True, kw_only=True):
     database: Annotated[
         str,
         Meta(
-            description="where sessions are kept: sqlite:///FILE or postgresql+psycopg://URL; auto: "
-            "tpserve.db in the user's data folder; none: no sessions"
+            description="where sessions and submitted jobs are kept: sqlite:///FILE or postgresql+psycopg://URL; auto: "
+            "tpserve.db in the user's data folder; none: neither"
         ),
     ] = "auto"
+    job_keep: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10 * 365 * 86_400,
+            description="seconds that submitted jobs are kept after their end",
+        ),
+    ] = 7 * 86_400
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="how much to log")
     ] = "info"

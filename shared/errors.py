@@ -140,6 +140,20 @@ class SessionBusyError(TpserveError):
     http_status = 409
 
 
+class JobsOffError(TpserveError):
+    """The server was started without a database, so it keeps no jobs."""
+
+    code = "jobs_off"
+    http_status = 501
+
+
+class JobExistsError(TpserveError):
+    """There is a job with that id already, and it asks for something else."""
+
+    code = "job_exists"
+    http_status = 409
+
+
 class ConnectionLostError(TpserveError):
     """A client cannot reach the server, or the server stopped answering."""
 

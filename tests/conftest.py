@@ -1,15 +1,18 @@
-"""What several test packages need: the reference material beside the project, if it is there."""
+"""What several test packages need: the reference material beside the project, a PostgreSQL server."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.postgres import Postgres, PostgresMissingError
 
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = PROJECT.parent / "shared"
@@ -19,6 +22,23 @@ def pytest_configure() -> None:
     """Who is started in the background ignores Ctrl-C, and would have all that it starts ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["TPSERVE_DATABASE"] = "none"  # the user's own sessions are no place for tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that are slow as a whole come first, or the last one would run on alone in the end."""
+
+    def is_quick(item: pytest.Item) -> bool:
+        file = item.getparent(pytest.Module)
+        return file is None or all(mark.name != "slow" for mark in file.own_markers)
+
+    items.sort(key=is_quick)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder for sockets: the path of tmp_path may be too long for theirs."""
+    with tempfile.TemporaryDirectory(prefix="tests-") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +62,31 @@ def golden(reference: Path) -> list[dict[str, Any]]:
         (reference / "golden" / "story_greedy.json").read_text()
     )["cases"]
     return cases
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL database: that of TPSERVE_TEST_POSTGRES, or one of a server for these tests."""
+    if url := os.environ.get("TPSERVE_TEST_POSTGRES"):
+        yield url
+        return
+    with start_postgres() as postgres:
+        yield postgres.url
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server that the test may stop and start."""
+    with start_postgres() as postgres:
+        yield postgres
+
+
+def start_postgres() -> Postgres:
+    """Skips the test where there is none."""
+    try:
+        return Postgres()
+    except PostgresMissingError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ import torch
 import zmq
 
 from shared.errors import CommError, TpserveError
-from shared.messages import (
+from shared.processes import die_with
+from shared.sockets import dealer
+from shared.worker_messages import (
     Allocated,
     AllocateKV,
     CommReady,
@@ -33,8 +35,6 @@ from shared.messages import (
     decode_to_worker,
     encode,
 )
-from shared.processes import die_with
-from shared.sockets import dealer
 from worker.comm.open import open_communicator
 from worker.loading import Loading
 from worker.native.api import Pool, native_library

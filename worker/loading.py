@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 
 from shared.errors import TpserveError
 from shared.memory import free_bytes
-from shared.messages import FromWorker, Loaded, LoadModel, LoadProgress, WorkerFailed
+from shared.worker_messages import FromWorker, Loaded, LoadModel, LoadProgress, WorkerFailed
 from worker.runner import Runner
 
 log = logging.getLogger("worker")

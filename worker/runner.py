@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import CommError
-from shared.messages import AllocateKV, LoadModel, SequenceStep, StepPlan
 from shared.model_config import read_model_config
 from shared.sharding import ModelShards
+from shared.worker_messages import AllocateKV, LoadModel, SequenceStep, StepPlan
 from worker.comm.base import Communicator
 from worker.layers import Placement
 from worker.loader import Checkpoint

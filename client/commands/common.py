@@ -5,11 +5,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from types import FrameType
 
 import msgspec
 
-from client.render import write
+from client.render import note, write
 from client.requests import SamplingOptions
 from client.zmq_client import Client, Stream
 from shared.errors import InvalidRequestError
@@ -45,6 +46,19 @@ def decode_input(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"standard input is not UTF-8: {error}") from None
+
+
+def read_prompt() -> str:
+    """All of standard input. `echo` and editors end it with a line break that nobody means."""
+    if sys.stdin.isatty():
+        note("type the prompt, then Ctrl-D")
+    text = decode_input(sys.stdin.buffer.read())
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def when(seconds: float) -> str:
+    """A time as people of this place write it; `seconds` since 1970."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def write_json(value: object) -> None:

@@ -2,17 +2,16 @@
 
 import argparse
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
-from client.commands.common import connect, decode_input, write_json
+from client.commands.common import connect, decode_input, when, write_json
 from client.render import write
 from client.tables import write_table
 from client.zmq_client import Client
 from shared.errors import InvalidRequestError
-from shared.messages import SessionExport, SessionInfo, SessionState
+from shared.session_messages import SessionExport, SessionInfo, SessionState
 
 _PAGE = 1000
 
@@ -51,7 +50,7 @@ def _list(client: Client, args: argparse.Namespace) -> None:
     if args.json:
         write_json(found)
         return
-    rows = [[str(s.id), s.kind, _when(s.updated), s.model or "", s.title] for s in found]
+    rows = [[str(s.id), s.kind, when(s.updated), s.model or "", s.title] for s in found]
     write_table("sessions", ["id", "kind", "changed", "model", "title"], rows)
 
 
@@ -96,7 +95,3 @@ def _read(file: str) -> SessionExport:
         return msgspec.json.decode(decode_input(data), type=SessionExport)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequestError(f"{file} is no exported session: {error}") from None
-
-
-def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -1,12 +1,11 @@
 """`tpserve story`: a prompt and its continuation."""
 
 import argparse
-import sys
 
 from client.commands.common import (
     connect,
-    decode_input,
     interrupt_cancels,
+    read_prompt,
     sampling_options,
     show,
     speed,
@@ -18,7 +17,7 @@ from shared.messages import Done
 
 def run(args: argparse.Namespace) -> int:
     """Continue the prompt. Raises KeyboardInterrupt after Ctrl-C has ended the job."""
-    prompt = args.prompt if args.prompt not in (None, "-") else _read_prompt()
+    prompt = args.prompt if args.prompt not in (None, "-") else read_prompt()
     with connect(args) as client:
         stream = client.story(
             prompt, model=args.model, stream=not args.json, **sampling_options(args)
@@ -34,14 +33,6 @@ def run(args: argparse.Namespace) -> int:
         _show_json(prompt, stream.end)
     note(speed(stream.end))
     return 0
-
-
-def _read_prompt() -> str:
-    """All of standard input. `echo` and editors end it with a line break that nobody means."""
-    if sys.stdin.isatty():
-        note("type the prompt, then Ctrl-D")
-    text = decode_input(sys.stdin.buffer.read())
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _show_json(prompt: str, done: Done) -> None:

@@ -12,13 +12,10 @@ import zmq
 from msgspec import Struct
 
 from shared.messages import (
-    TERMINAL_EVENTS,
-    BadRequestError,
     Cancel,
     Cancelled,
     Choice,
     Done,
-    Event,
     Failed,
     Generate,
     GetHealth,
@@ -30,7 +27,6 @@ from shared.messages import (
     Partial,
     Percentiles,
     Queued,
-    Request,
     Started,
     Status,
     Timings,
@@ -38,6 +34,12 @@ from shared.messages import (
     Totals,
     Usage,
     WorkerStatus,
+)
+from shared.protocol import (
+    TERMINAL_EVENTS,
+    BadRequestError,
+    Event,
+    Request,
     decode_request,
     encode_events,
 )

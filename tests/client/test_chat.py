@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.messages import Cancel, Event, Generate, Message
+from shared.messages import Cancel, Generate, Message
+from shared.protocol import Event
 from tests.client.conftest import MakePeer
 from tests.client.peer import answer, endless, tell
 from tests.client.terminal import Terminal, at_terminal, tpserve

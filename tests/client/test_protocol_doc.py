@@ -1,9 +1,10 @@
-"""docs/protocol.md says what shared/messages.py and shared/errors.py say."""
+"""docs/protocol.md says what the messages and shared/errors.py say."""
 
 import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -12,22 +13,16 @@ import pytest
 from msgspec import Struct
 from msgspec.inspect import Field, StructType, multi_type_info, type_info
 
-from shared import errors, messages
+from shared import errors
 from shared.errors import TpserveError
-from shared.messages import (
-    MAX_MESSAGE_BYTES,
-    PROTOCOL_VERSION,
-    Event,
-    Request,
-    decode_events,
-    decode_request,
-)
+from shared.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, BaseEvent
+from shared.protocol import Event, Request, decode_events, decode_request
 from shared.sockets import CLIENT_HIGH_WATER_MARK
 from tests.client.conftest import MakePeer
 from tests.client.terminal import ROOT, environment
 
 DOCUMENT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-ENVELOPE = ("id", "v")
+ENVELOPE = ("id", "v", "user")
 
 
 def headings() -> dict[str, type[Struct]]:
@@ -37,8 +32,10 @@ def headings() -> dict[str, type[Struct]]:
         for info in multi_type_info(kinds):
             assert isinstance(info, StructType)
             found[f"{family} `{info.tag}`"] = info.cls
-            for name in re.findall(r"class 'shared\.messages\.(\w+)'", str(info.fields)):
-                found[f"Object `{name}`"] = getattr(messages, name)
+            for module, name in re.findall(r"class '([\w.]+)\.(\w+)'", str(info.fields)):
+                message = getattr(import_module(module), name)
+                if not issubclass(message, BaseEvent):  # those have sections of their own
+                    found[f"Object `{name}`"] = message
     return found
 
 

@@ -10,7 +10,8 @@ from coordinator.planner import MemoryPlan, check_fits, plan_memory
 from coordinator.served_model import open_model
 from shared.config import Settings
 from shared.errors import MemoryPlanError
-from shared.messages import AllocateKV, LoadModel, Precision
+from shared.messages import Precision
+from shared.worker_messages import AllocateKV, LoadModel
 from tests.worker.rank_threads import run_ranks
 from worker.comm.base import Communicator
 from worker.native.api import Pool, native_library

@@ -19,7 +19,8 @@ from coordinator.pace import Pace
 from coordinator.scheduler import PlannedStep, Scheduler
 from coordinator.sequence import Sequence
 from coordinator.text import Detokenizer
-from shared.messages import BLOCK_TOKENS, Generate, Kind, Sampling
+from shared.messages import BLOCK_TOKENS, Generate, Kind
+from shared.worker_messages import Sampling
 
 VOCABULARY = 50
 EOS = 7

@@ -14,22 +14,19 @@ from coordinator.session_search import search
 from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Database
 from shared.errors import InvalidRequestError, SessionNotFoundError
-from shared.messages import (
-    BadRequestError,
+from shared.messages import FinishReason, SamplingParams, Timings
+from shared.protocol import BadRequestError, decode_request
+from shared.session_messages import (
     ContinueTurn,
     CreateSession,
     EditTurn,
-    FinishReason,
     Regenerate,
-    SamplingParams,
     SearchSessions,
     SendTurn,
     SessionExport,
     SessionHit,
     SessionState,
-    Timings,
     TurnRequest,
-    decode_request,
 )
 
 T = TypeVar("T")
@@ -414,6 +411,19 @@ def test_what_was_written_on_is_found(sessions: Sessions) -> None:
     assert len(sessions.search("rhinoceros")) == 1
 
 
+def test_any_character_is_kept(sessions: Sessions) -> None:
+    strange = "a\0b \x1a \x1a\x1b \0\x1b\x1a\0 \ufffd \U0010ffff rhinoceros\0"
+    session = sessions.create(title=strange, system=strange, model=strange)
+    sessions.send(session, strange, strange)
+    state = sessions.state(session)
+    assert [message.content for message in state.messages] == [strange, strange]
+    kept = state.session
+    assert (kept.title, kept.system, kept.model) == (strange, strange, strange)
+    hits = sessions.search("rhinoceros")
+    assert {hit.title for hit in hits} == {strange}
+    assert len(hits) == 3
+
+
 def test_an_owner_sees_only_his_own(sessions: Sessions, database: Database) -> None:
     session = sessions.create()
     sessions.send(session, "a secret", "kept")
@@ -438,7 +448,7 @@ def test_an_owner_sees_only_his_own(sessions: Sessions, database: Database) -> N
 
 def test_what_is_exported_comes_back_the_same(sessions: Sessions) -> None:
     session = sessions.create(system="Be brief.", params=SamplingParams(seed=3, stop=["x"]))
-    sessions.send(session, "häl\0lo 🙂".replace("\0", ""), "hi")
+    sessions.send(session, "hällo 🙂", "hi")
     sessions.turn(Regenerate(id="t", session=session), "hey", "length")
     sessions.call(lambda shelf: shelf.rollback(session, None))
     exported = sessions.export(session)

@@ -8,7 +8,8 @@ import pytest
 from client.requests import SamplingOptions
 from client.zmq_client import Client
 from shared.errors import InvalidRequestError, QueueFullError
-from shared.messages import Done, Failed, Generate, SamplingParams, Token, decode_events, encode
+from shared.messages import Done, Failed, Generate, SamplingParams, Token
+from shared.protocol import decode_events, encode_request
 from tests.e2e.server import Server
 from tests.e2e.test_server import raw_socket
 
@@ -197,7 +198,9 @@ def test_a_full_queue_refuses_with_a_hint_and_loses_nobody(story_model: Path) ->
         socket = raw_socket(address)
         params = SamplingParams(temperature=0, max_tokens=100)
         for i in range(12):
-            socket.send(encode(Generate(id=str(i), kind="story", prompt=PROMPT, params=params)))
+            socket.send(
+                encode_request(Generate(id=str(i), kind="story", prompt=PROMPT, params=params))
+            )
         ends: dict[str, Done | Failed] = {}
         while len(ends) < 12:
             assert socket.poll(30_000)

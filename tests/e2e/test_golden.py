@@ -13,7 +13,7 @@ from worker.native.api import native_library
 
 CONFIGURATIONS = [
     *[(workers, "shm", "native") for workers in (1, 2, 3, 4, 8)],
-    *[(workers, "zmq", "native") for workers in (2, 3, 4, 8)],
+    *[(workers, "zmq", "native") for workers in (3, 8)],
     (2, "gloo", "native"),
     (1, "shm", "torch"),
     (3, "shm", "torch"),

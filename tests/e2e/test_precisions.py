@@ -6,42 +6,52 @@ from pathlib import Path
 import pytest
 
 from client.zmq_client import Client
+from shared.messages import Precision
 from tests.e2e.server import Server
 from worker.native.api import native_library
 
 PROMPTS = ["Once upon a time", "Lily wanted a red ball", "The little fox", "One day, Tom"]
-CONFIGURATIONS = [
-    (dtype, workers, comm, threads)
-    for dtype in ("int8", "int4", "bf16")
-    for workers, comm, threads in ((1, "shm", 1), (2, "shm", 1), (3, "zmq", 1), (1, "shm", 2))
-]
+DTYPES: tuple[Precision, ...] = ("int8", "int4", "bf16")
+ARRANGEMENTS = [(1, "shm", 1), (2, "shm", 1), (3, "zmq", 1), (1, "shm", 2)]
+"""Workers, their transport, threads of each."""
 FIRST: dict[str, list[list[int]]] = {}
-"""Filled by the first configuration of each precision; the others must agree with it."""
+"""Filled by the first arrangement for each precision; the others must agree with it."""
 
 needs_native = pytest.mark.skipif(
     native_library() is None, reason="there is no native library: no C++ compiler to build it"
 )
 
 
-@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda c: "-".join(map(str, c)))
-def precise(request: pytest.FixtureRequest, story_model: Path) -> Iterator[tuple[str, str]]:
-    dtype, workers, comm, threads = request.param
-    flags = ("--dtype", dtype, "--workers", str(workers), "--comm", comm)
-    model = ("--model", f"story={story_model}", "--threads-per-worker", str(threads))
-    with Server(*flags, *model) as server:
-        yield dtype, server.wait_ready()
+@pytest.fixture(scope="module", params=ARRANGEMENTS, ids=lambda a: "-".join(map(str, a)))
+def address(request: pytest.FixtureRequest, story_model: Path) -> Iterator[str]:
+    """Of a server that has the story model in every precision, each under its name."""
+    workers, comm, threads = request.param
+    first, *others = DTYPES
+    flags = ("--workers", str(workers), "--comm", comm, "--threads-per-worker", str(threads))
+    model = ("--model", f"{first}={story_model}", "--dtype", first)
+    with Server(*flags, *model, "--kv-memory", "64M") as server:
+        with Client(server.wait_ready()) as client:
+            for dtype in others:
+                client.load(dtype, story_model, dtype=dtype)
+        yield server.address
 
 
 @needs_native
-def test_a_precision_gives_one_text(precise: tuple[str, str]) -> None:
-    dtype, address = precise
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_precision_gives_one_text(address: str, dtype: str) -> None:
     with Client(address) as client:
-        alone = [client.story(p, temperature=0, max_tokens=40).result().token_ids for p in PROMPTS]
-        streams = [client.story(p, temperature=0, max_tokens=40) for p in PROMPTS * 4]
-        together = [stream.result().token_ids for stream in streams]
-        assert together == alone * 4
+
+        def stories(prompts: list[str]) -> list[list[int]]:
+            streams = [
+                client.story(prompt, model=dtype, temperature=0, max_tokens=40)
+                for prompt in prompts
+            ]
+            return [stream.result().token_ids for stream in streams]
+
+        alone = [tokens for prompt in PROMPTS for tokens in stories([prompt])]
+        assert stories(PROMPTS * 4) == alone * 4
         assert alone == FIRST.setdefault(dtype, alone)
-        (model,) = client.models()
+        (model,) = [model for model in client.models() if model.name == dtype]
         assert (model.dtype, model.kv_dtype) == (dtype, "bf16")
         assert client.status().kernels.startswith("native ")
 

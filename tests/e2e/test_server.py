@@ -22,9 +22,8 @@ from shared.messages import (
     Progress,
     SamplingParams,
     Token,
-    decode_events,
-    encode,
 )
+from shared.protocol import decode_events, encode_request
 from tests.e2e.server import Server, run_tpserve, wait_until
 
 LONG = SamplingParams(temperature=1, max_tokens=480, ignore_eos=True)
@@ -48,7 +47,7 @@ def long_job(number: int, stream: bool = True) -> bytes:
     request = Generate(
         id=str(number), kind="story", prompt="The", model="slow", params=LONG, stream=stream
     )
-    return encode(request)
+    return encode_request(request)
 
 
 @pytest.fixture(scope="module")
@@ -216,22 +215,24 @@ def test_a_killed_worker_fails_every_waiting_job_and_is_replaced(
         assert client.story("The", temperature=0, max_tokens=3).result().token_ids
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    """The files in /dev/shm that they have mapped."""
+    paths = {mapped.path for process in processes for mapped in process.memory_maps()}
+    return {Path(path) for path in paths if path.startswith("/dev/shm/")}
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything_and_tells_waiting_clients(
-    how: signal.Signals, slow_model: Path, tmp_path: Path
+    how: signal.Signals, slow_model: Path, short_path: Path
 ) -> None:
-    before = shared_memory()
     with Server(
         *("--workers", "2", "--model", f"slow={slow_model}"),
-        env={"XDG_RUNTIME_DIR": str(tmp_path)},
+        env={"XDG_RUNTIME_DIR": str(short_path)},
     ) as server:
         with Client(server.wait_ready()) as client:
-            assert list(tmp_path.iterdir())
+            assert list(short_path.iterdir())
             workers = server.workers()
+            mapped = shared_memory([psutil.Process(server.process.pid), *workers])
             stream = client.story("The", max_tokens=480, ignore_eos=True)
             assert wait_until(lambda: client.status().running == 1, 5)
             server.process.send_signal(how)
@@ -239,8 +240,8 @@ def test_a_signal_ends_everything_and_tells_waiting_clients(
                 stream.result()
         assert server.wait_exit(10) == 0
     assert not any(p.is_running() for p in workers)
-    assert not list(tmp_path.iterdir())
-    assert shared_memory() == before
+    assert not list(short_path.iterdir())
+    assert not any(path.exists() for path in mapped)
 
 
 def test_workers_do_not_outlive_a_killed_coordinator(story_model: Path) -> None:
@@ -278,8 +279,8 @@ def test_a_busy_port_is_one_clear_line(address: str, story_model: Path) -> None:
     )
 
 
-def test_a_live_ipc_path_is_not_taken_over(story_model: Path, tmp_path: Path) -> None:
-    path = f"ipc://{tmp_path}/s"
+def test_a_live_ipc_path_is_not_taken_over(story_model: Path, short_path: Path) -> None:
+    path = f"ipc://{short_path}/s"
     with Server("--listen", path, "--model", f"story={story_model}") as first:
         first.wait_ready()
         run = run_tpserve(
@@ -296,9 +297,9 @@ def test_an_id_may_be_used_again_after_its_job_was_cancelled(address: str) -> No
         expected = client.story("A big dog", temperature=0, max_tokens=3).result().token_ids
     socket = raw_socket(address)
     greedy = SamplingParams(temperature=0, max_tokens=3)
-    socket.send(encode(Generate(id="a", kind="story", prompt="old " * 100, params=greedy)))
-    socket.send(encode(Cancel(id="c", job="a")))
-    socket.send(encode(Generate(id="a", kind="story", prompt="A big dog", params=greedy)))
+    socket.send(encode_request(Generate(id="a", kind="story", prompt="old " * 100, params=greedy)))
+    socket.send(encode_request(Cancel(id="c", job="a")))
+    socket.send(encode_request(Generate(id="a", kind="story", prompt="A big dog", params=greedy)))
     done = None
     while done is None:
         assert socket.poll(10_000)

@@ -19,41 +19,47 @@ from shared.errors import (
     SessionsOffError,
     WorkerLostError,
 )
-from shared.messages import (
-    Cancel,
-    Cancelled,
-    Done,
-    Event,
-    Queued,
-    SamplingParams,
+from shared.messages import Cancel, Cancelled, Done, Queued, SamplingParams, Started, Token
+from shared.protocol import Event, decode_events, encode_request
+from shared.session_messages import (
+    CreateSession,
+    ListSessions,
     SendTurn,
+    Sessions,
     SessionState,
-    Started,
-    Token,
     TurnStored,
-    decode_events,
-    encode,
 )
 from tests.e2e.server import Server, run_tpserve, wait_until
 from tests.e2e.test_server import raw_socket
+from tests.postgres import Postgres, empty_schema
 
 CHAT = f"chat={PROJECT_ROOT / 'models' / 'demo-chat'}"
 
 
-def start(file: Path) -> Server:
-    server = Server("--model", CHAT, "--database", f"sqlite:///{file}")
+def start(database_url: str) -> Server:
+    server = Server("--model", CHAT, "--database", database_url)
     server.wait_ready()
     return server
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the SQLite database."""
     return tmp_path_factory.mktemp("sessions") / "tpserve.db"
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, file: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{file}"
+        return
+    with empty_schema(request.getfixturevalue("postgres_url")) as url:
+        yield url
+
+
 @pytest.fixture(scope="module")
-def server(file: Path) -> Iterator[Server]:
-    with start(file) as started:
+def server(database_url: str) -> Iterator[Server]:
+    with start(database_url) as started:
         yield started
 
 
@@ -74,6 +80,23 @@ def say(client: Client, session: int, text: str) -> list[int]:
 
 def path(client: Client, session: int) -> list[str]:
     return [message.content for message in client.sessions.get(session).messages]
+
+
+def test_what_one_user_keeps_is_not_found_by_others(client: Client) -> None:
+    session = greedy(client)
+    request = CreateSession(id="mine", kind="chat", user="ada")
+    hers = client.ask(request, SessionState).session.id
+
+    assert [s.id for s in client.sessions.page().sessions].count(hers) == 0
+    listed = client.ask(ListSessions(id="list", user="ada"), Sessions).sessions
+    assert [s.id for s in listed] == [hers]
+    with pytest.raises(SessionNotFoundError):
+        client.sessions.rename(hers, "mine now")
+    with pytest.raises(SessionNotFoundError):
+        client.sessions.send(hers, "Hello!").result()
+    with pytest.raises(SessionNotFoundError):
+        client.start(SendTurn(id="hers", session=session, text="Hello!", user="ada")).result()
+    assert path(client, session) == []
 
 
 def test_a_conversation_is_remembered_and_can_go_another_way(client: Client) -> None:
@@ -191,7 +214,7 @@ def test_a_client_that_goes_away_leaves_its_partial_answer(client: Client, serve
     socket = raw_socket(server.address)
     params = SamplingParams(temperature=1, seed=1, max_tokens=900, ignore_eos=True)
     turn = SendTurn(id="t", session=session, text="Hello!", params=params)
-    socket.send(encode(turn))
+    socket.send(encode_request(turn))
     assert wait_until(lambda: client.status().running == 1, 10)
     assert socket.poll(10_000)
     assert wait_until(lambda: client.status().totals.tokens_generated > 5, 10)
@@ -249,6 +272,7 @@ def test_an_event_loop_has_the_same_sessions(server: Server) -> None:
     assert [message.content for message in state.messages] == ["Hello!", text]
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_locked_database_refuses_and_generation_goes_on(
     client: Client, server: Server, file: Path
 ) -> None:
@@ -267,9 +291,45 @@ def test_a_locked_database_refuses_and_generation_goes_on(
     assert len(path(client, session)) == 2
 
 
+@pytest.mark.slow
+def test_a_database_server_that_goes_away_is_used_again_when_it_is_back(
+    own_postgres: Postgres,
+) -> None:
+    with start(own_postgres.url) as server, Client(server.address) as client:
+        session, other = greedy(client), greedy(client)
+        answer = client.sessions.send(session, "Hello, my name is Ada.").result().text
+        long = client.sessions.send(other, "Hello!", max_tokens=900, ignore_eos=True).events()
+        next(event for event in long if isinstance(event, Token))
+
+        own_postgres.stop()
+        for refused in (
+            lambda: client.sessions.get(session),
+            lambda: client.sessions.create(),
+            lambda: client.sessions.send(session, "What is my name?").result(),
+        ):
+            with pytest.raises(DatabaseError, match="is the database server running"):
+                refused()
+        done = client.chat([{"role": "user", "content": "Hello!"}], temperature=0, max_tokens=20)
+        assert done.result().text
+        with pytest.raises(DatabaseError, match="the answer was not stored"):
+            list(long)
+
+        own_postgres.start()
+        assert path(client, session) == ["Hello, my name is Ada.", answer]
+        assert "Ada" in client.sessions.send(session, "What is my name?").result().text
+        assert path(client, other) == ["Hello!"]
+        client.sessions.regenerate(other).result()
+        assert len(path(client, other)) == 2
+
+        own_postgres.stop()
+        own_postgres.start()
+        assert len(path(client, session)) == 4, "unnoticed, as nothing was asked meanwhile"
+        assert server.stop() == 0
+
+
 def test_everything_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
-    file = tmp_path / "tpserve.db"
-    with start(file) as server, Client(server.address) as client:
+    url = f"sqlite:///{tmp_path / 'tpserve.db'}"
+    with start(url) as server, Client(server.address) as client:
         session = greedy(client)
         say(client, session, "Hello, my name is Ada.")
         say(client, session, "My favourite colour is green.")
@@ -278,7 +338,7 @@ def test_everything_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
         exported = client.sessions.export(session)
         server.process.kill()
         server.process.wait(20)
-    with start(file) as server, Client(server.address) as client:
+    with start(url) as server, Client(server.address) as client:
         after = client.sessions.get(session)
         assert msgspec.structs.replace(after, id=before.id) == before
         assert client.sessions.export(session) == exported
@@ -290,15 +350,15 @@ def test_everything_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
 
 
 def test_stopping_the_server_keeps_what_was_written(tmp_path: Path) -> None:
-    file = tmp_path / "tpserve.db"
-    with start(file) as server, Client(server.address) as client:
+    url = f"sqlite:///{tmp_path / 'tpserve.db'}"
+    with start(url) as server, Client(server.address) as client:
         session = greedy(client)
         stream = client.sessions.send(
             session, "Hello!", temperature=1, seed=1, max_tokens=900, ignore_eos=True
         )
         next(event for event in stream.events() if isinstance(event, Token))
         assert server.stop() == 0
-    with start(file) as server, Client(server.address) as client:
+    with start(url) as server, Client(server.address) as client:
         messages = client.sessions.get(session).messages
         assert [m.role for m in messages] == ["user", "assistant"]
         assert messages[-1].partial
@@ -306,7 +366,7 @@ def test_stopping_the_server_keeps_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_lost_worker_leaves_the_partial_answer(tmp_path: Path) -> None:
-    with start(tmp_path / "tpserve.db") as server, Client(server.address) as client:
+    with start(f"sqlite:///{tmp_path / 'tpserve.db'}") as server, Client(server.address) as client:
         session = greedy(client)
         stream = client.sessions.send(
             session, "Hello!", temperature=1, seed=1, max_tokens=900, ignore_eos=True
@@ -332,8 +392,8 @@ def test_a_turn_that_is_cancelled_at_once_keeps_what_was_said(
 ) -> None:
     session = greedy(client)
     socket = raw_socket(server.address)
-    socket.send(encode(SendTurn(id="t", session=session, text="Hello!")))
-    socket.send(encode(Cancel(id="c", job="t")))
+    socket.send(encode_request(SendTurn(id="t", session=session, text="Hello!")))
+    socket.send(encode_request(Cancel(id="c", job="t")))
     events: list[Event] = []
     while len(events) < 3:
         assert socket.poll(10_000), events
@@ -354,7 +414,7 @@ def test_an_id_that_is_in_use_is_refused(server: Server, client: Client) -> None
     session, other = greedy(client), greedy(client)
     socket = raw_socket(server.address)
     for chosen in (session, other):
-        socket.send(encode(SendTurn(id="same", session=chosen, text="Hello!")))
+        socket.send(encode_request(SendTurn(id="same", session=chosen, text="Hello!")))
     assert wait_until(lambda: len(path(client, session)) == 2, 10)
     assert path(client, other) == []
     socket.close()

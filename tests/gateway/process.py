@@ -1,47 +1,31 @@
 """A real gateway for tests, and what they do with it."""
 
-import os
-import queue
 import signal
-import subprocess
 import sys
-import threading
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 from openai import DefaultHttpxClient, OpenAI
 
-from tests.e2e.server import PROJECT
+from tests.conftest import PROJECT
+from tests.processes import ServedProcess
 
-START_TIMEOUT_S = 60.0
 
-
-class GatewayProcess:
-    """`python -m gateway` on a free port."""
+class GatewayProcess(ServedProcess):
+    """`python -m gateway` on a free port, ready."""
 
     def __init__(self, server: str, *arguments: str, env: dict[str, str] | None = None) -> None:
         http = () if "--http" in arguments else ("--http", "127.0.0.1:0")
-        self.process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-P", "-m", "gateway", "--server", server, *http, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(PROJECT), **(env or {})},
+            {"PYTHONPATH": str(PROJECT), **(env or {})},
+            stop_signal=signal.SIGTERM,  # as a service manager does
         )
-        self.log: list[str] = []
-        self._output: queue.Queue[str] = queue.Queue()
-        self._readers = [
-            threading.Thread(target=self._read_output, daemon=True),
-            threading.Thread(target=self._read_log, daemon=True),
-        ]
-        for reader in self._readers:
-            reader.start()
-        line = self._output.get(timeout=START_TIMEOUT_S)
-        if not line.startswith("gateway http://"):
+        try:
+            self.url = self.wait_line("gateway http://")[1]
+        except BaseException:
             self.stop()
-        assert line.startswith("gateway http://"), f"{line!r}\n" + "".join(self.log)
-        self.url = line.split()[1]
+            raise
         self.port = int(self.url.rpartition(":")[2])
 
     def http(self, **options: Any) -> httpx.Client:
@@ -57,44 +41,3 @@ class GatewayProcess:
             timeout=60,
             http_client=DefaultHttpxClient(trust_env=False),
         )
-
-    def wait_exit(self, timeout_s: float) -> int:
-        """The exit code."""
-        code = self.process.wait(timeout_s)
-        for reader in self._readers:
-            reader.join(timeout_s)
-        return code
-
-    def stop(self) -> int:
-        """End it as a service manager does; the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.wait_exit(20)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
-            for stream in (self.process.stdout, self.process.stderr):
-                assert stream is not None
-                stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def _read_output(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._output.put(line)
-        self._output.put("")
-
-    def _read_log(self) -> None:
-        assert self.process.stderr is not None
-        self.log.extend(self.process.stderr)

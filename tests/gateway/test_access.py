@@ -14,7 +14,8 @@ import httpx
 import openai as sdk
 import pytest
 
-from tests.e2e.server import PROJECT, wait_until
+from tests.conftest import PROJECT
+from tests.e2e.server import wait_until
 from tests.gateway.process import GatewayProcess
 
 KEY, HASHED, PLAIN = "first-secret-key", "second-secret-key", "third-secret-key"

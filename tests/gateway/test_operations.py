@@ -10,7 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.zmq_client import Client
-from tests.e2e.server import PROJECT, wait_until
+from tests.conftest import PROJECT
+from tests.e2e.server import wait_until
 from tests.gateway.process import GatewayProcess
 
 DEMO = str(PROJECT / "models" / "demo-story")

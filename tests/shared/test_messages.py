@@ -8,19 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.messages import (
+from shared.messages import Choice, Done, Generate, Message, SamplingParams, Timings, Usage
+from shared.protocol import (
     BadRequestError,
-    Choice,
-    Done,
-    Generate,
-    Message,
-    SamplingParams,
-    Timings,
-    Usage,
     decode_events,
     decode_request,
-    encode,
     encode_events,
+    encode_request,
 )
 
 STORY: dict[str, Any] = {"v": 1, "op": "generate", "id": "a", "kind": "story", "prompt": "x"}
@@ -45,7 +39,7 @@ def test_a_request_survives_the_wire() -> None:
         params=SamplingParams(temperature=0.5, seed=(1 << 63) - 1),
         stream=False,
     )
-    assert decode_request(encode(request)) == request
+    assert decode_request(encode_request(request)) == request
 
 
 def test_an_event_survives_the_wire() -> None:

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from shared.errors import CommError
-from shared.messages import CommSetup
 from shared.shm import create_shm_region
+from shared.worker_messages import CommSetup
 from worker.comm.base import Communicator, Floats
 from worker.comm.open import open_communicator
 from worker.comm.shm import ShmCommunicator

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.messages import AllocateKV, LoadModel, Precision, Sampling, SequenceStep
+from shared.messages import Precision
+from shared.worker_messages import AllocateKV, LoadModel, Sampling, SequenceStep
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
 from worker.native.api import Pool, native_library

@@ -13,16 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from shared.messages import (
-    BLOCK_TOKENS,
-    AllocateKV,
-    CommSetup,
-    KVPrecision,
-    LoadModel,
-    Precision,
-    Sampling,
-    SequenceStep,
-)
+from shared.messages import BLOCK_TOKENS, KVPrecision, Precision
+from shared.worker_messages import AllocateKV, CommSetup, LoadModel, Sampling, SequenceStep
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
 from worker.comm.open import open_communicator

@@ -4,9 +4,9 @@ import os
 import threading
 from collections.abc import Callable
 
-from shared.messages import CommSetup
 from shared.sharding import assign_shards
 from shared.shm import create_shm_region
+from shared.worker_messages import CommSetup
 from worker.comm.base import Communicator
 from worker.comm.open import open_communicator
 

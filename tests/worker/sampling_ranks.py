@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import CommError
-from shared.messages import History, Sampling
 from shared.sharding import split_groups
+from shared.worker_messages import History, Sampling
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
 from worker.native.api import native_library

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from shared.errors import CommError, ConfigError
-from shared.messages import CommSetup
 from shared.sharding import assign_shards
 from shared.shm import buffer_offset, create_shm_region, region_bytes
+from shared.worker_messages import CommSetup
 from tests.worker.comm_ranks import (
     Barrier,
     Exchange,

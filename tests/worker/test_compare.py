@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shared.messages import KVPrecision, Precision, SequenceStep
+from shared.messages import KVPrecision, Precision
 from shared.model_config import read_model_config
+from shared.worker_messages import SequenceStep
 from tests.worker.forward import GREEDY, loaded, relative
 from tests.worker.rank_threads import run_ranks
 from worker.comm.base import Communicator, Floats

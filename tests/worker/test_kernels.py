@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from shared.errors import CommError
-from shared.messages import CommSetup, KVPrecision, Precision, SequenceStep
+from shared.messages import KVPrecision, Precision
 from shared.sharding import assign_shards
 from shared.shm import create_shm_region
+from shared.worker_messages import CommSetup, SequenceStep
 from tests.worker.native_ranks import (
     GREEDY,
     Model,

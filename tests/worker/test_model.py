@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.messages import BLOCK_TOKENS, SequenceStep
+from shared.messages import BLOCK_TOKENS
+from shared.worker_messages import SequenceStep
 from tests.worker.forward import GREEDY, TOLERANCE, loaded, logits_of, relative
 from tests.worker.rank_threads import run_ranks
 from worker.comm.base import Communicator

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.messages import (
+from shared.worker_messages import (
     AllocateKV,
     CommSetup,
     History,

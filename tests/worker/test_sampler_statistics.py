@@ -12,7 +12,7 @@ from tests.worker.sampling_ranks import GREEDY, Batch, Row, kept_tokens, sample_
 from worker.sampling.noise import noise_keys, uniform
 from worker.sampling.vocabulary import Doubles
 
-DRAWS = 100_000
+DRAWS = 50_000
 NUMBERS = 1_000_000
 ENOUGH = 1e-3
 """Least p-value. Seeds are fixed, so a test passes always or never."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.messages import BLOCK_TOKENS, AllocateKV, LoadModel, Precision, SequenceStep
+from shared.messages import BLOCK_TOKENS, Precision
+from shared.worker_messages import AllocateKV, LoadModel, SequenceStep
 from tests.worker.forward import GREEDY
 from tests.worker.rank_threads import run_ranks
 from worker.comm.base import Communicator, Floats

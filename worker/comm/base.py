@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import CommError
-from shared.messages import CommSetup
 from shared.sharding import ReductionTree
+from shared.worker_messages import CommSetup
 
 Floats = npt.NDArray[np.float32]
 Row = npt.NDArray[Any]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shared.errors import ConfigError
-from shared.messages import CommSetup
+from shared.worker_messages import CommSetup
 from worker.comm.base import Row, TreeCommunicator
 
 _BLOCK_BYTES = 1 << 20

@@ -3,7 +3,7 @@
 import os
 
 from shared.errors import ConfigError
-from shared.messages import CommSetup
+from shared.worker_messages import CommSetup
 from worker.comm.base import Communicator
 from worker.comm.local import LocalCommunicator
 from worker.comm.shm import ShmCommunicator

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ConfigError
-from shared.messages import CommSetup
 from shared.shm import BUFFER_BYTES, buffer_offset, region_bytes
+from shared.worker_messages import CommSetup
 from worker.comm.base import Row, TreeCommunicator
 from worker.comm.rounds import NativeRounds, PythonRounds, Rounds, Seat
 

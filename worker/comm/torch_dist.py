@@ -20,7 +20,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # FileStore: publ
 )
 
 from shared.errors import ConfigError
-from shared.messages import CommSetup
+from shared.worker_messages import CommSetup
 from worker.comm.base import Row, TreeCommunicator
 
 _BLOCK_BYTES = 4 << 20

@@ -11,17 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from shared.config import Settings
-from shared.messages import (
-    BLOCK_TOKENS,
-    AllocateKV,
-    CommSetup,
-    KVPrecision,
-    LoadModel,
-    Precision,
-    Sampling,
-    SequenceStep,
-)
+from shared.messages import BLOCK_TOKENS, KVPrecision, Precision
 from shared.model_config import ModelConfig, read_model_config
+from shared.worker_messages import AllocateKV, CommSetup, LoadModel, Sampling, SequenceStep
 from worker.comm.base import Floats
 from worker.comm.local import LocalCommunicator
 from worker.compare.text import Text

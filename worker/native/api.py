@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from shared.errors import ConfigError
-from shared.messages import SequenceStep
+from shared.worker_messages import SequenceStep
 from worker.native.library import load_library
 
 GROUP = 32

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from shared.messages import SequenceStep
+from shared.worker_messages import SequenceStep
 from worker.comm.base import Floats
 from worker.sampling.vocabulary import Ints, StepLogits
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shared.errors import ModelError
-from shared.messages import LoadModel
 from shared.model_config import ModelConfig
+from shared.worker_messages import LoadModel
 from worker.comm.base import Communicator
 from worker.native.api import Pool, isa_of
 from worker.ops.base import Ops

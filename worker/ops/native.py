@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from shared.errors import ConfigError
-from shared.messages import BLOCK_TOKENS, SequenceStep
+from shared.messages import BLOCK_TOKENS
 from shared.model_config import ModelConfig
 from shared.sharding import ReductionTree, aligned_subtrees
+from shared.worker_messages import SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.native.api import (
     FORMATS,

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from shared.messages import BLOCK_TOKENS, SequenceStep
+from shared.messages import BLOCK_TOKENS
+from shared.worker_messages import SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
 from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.messages import Sampling
+from shared.worker_messages import Sampling
 from worker.sampling.noise import Keys, noise_keys, perturb
 from worker.sampling.vocabulary import UNLIMITED, Bools, Doubles, Ints
 

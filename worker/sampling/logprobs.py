@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.messages import TokenLogprobs
+from shared.worker_messages import TokenLogprobs
 from worker.comm.base import Communicator, Floats
 from worker.sampling.candidates import candidates, merge
 from worker.sampling.vocabulary import Ints, Vocabulary, gather, partial_sums, softmax_sums

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shared.messages import Sampling
+from shared.worker_messages import Sampling
 from worker.sampling.vocabulary import Doubles, Ints
 
 Keys = npt.NDArray[np.uint64]

@@ -5,7 +5,7 @@ Each rank changes its own tokens' logits and counts its own tokens only.
 
 import numpy as np
 
-from shared.messages import History, Sampling
+from shared.worker_messages import History, Sampling
 from worker.comm.base import Floats
 from worker.sampling.vocabulary import Ints, Vocabulary
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.messages import History, Sampling, TokenLogprobs
+from shared.worker_messages import History, Sampling, TokenLogprobs
 from worker.comm.base import Communicator, Floats
 from worker.sampling.candidates import best, candidates, merge
 from worker.sampling.cuts import Cuts, draw, is_cut, keep, temperatures
