@@ -17,7 +17,10 @@ LARGEST_BUNDLE_BYTES = 200_000
 @pytest.fixture(scope="module")
 def locked(address: str) -> Iterator[httpx.Client]:
     """A gateway that wants a key, asked without one."""
-    with GatewayProcess(address, "--api-key", "open-sesame-open") as gateway, gateway.http() as http:
+    with (
+        GatewayProcess(address, "--api-key", "open-sesame-open") as gateway,
+        gateway.http() as http,
+    ):
         yield http
 
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.e2e.server import PROJECT
+from shared.config import PROJECT_ROOT
 from tests.web.pages import WebServer
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -88,7 +88,13 @@ def import_answer(api: httpx.Client) -> Callable[[str], str]:
     """Make a chat whose one answer is a text; the hash of its page."""
 
     def make(text: str) -> str:
-        question = {"parent": None, "role": "user", "content": "Say it", "created": 1.0, "selected": 1}
+        question = {
+            "parent": None,
+            "role": "user",
+            "content": "Say it",
+            "created": 1.0,
+            "selected": 1,
+        }
         answer = {"parent": 0, "role": "assistant", "content": text, "created": 2.0}
         made = api.post(
             "/api/sessions/import",
@@ -115,7 +121,7 @@ def import_answer(api: httpx.Client) -> Callable[[str], str]:
 @pytest.fixture(scope="session")
 def axe() -> str:
     """The source of axe-core."""
-    script = PROJECT / "gateway" / "webui" / "node_modules" / "axe-core" / "axe.min.js"
+    script = PROJECT_ROOT / "gateway" / "webui" / "node_modules" / "axe-core" / "axe.min.js"
     if not script.is_file():
         pytest.skip("axe-core is not installed: npm ci in gateway/webui")
     return script.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ class WebServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self._arguments = (
-            *("--workers", "2", "--threads-per-worker", "1", "--kv-memory", "64M"),
+            *("--workers", "2", "--threads-per-worker", "1"),
             *("--http", f"127.0.0.1:{port}", "--database", f"sqlite:///{folder / 'tpserve.db'}"),
         )
         self.url = f"http://127.0.0.1:{port}"

@@ -32,7 +32,7 @@ def go_on(page: Page, button: str = "Continue") -> str:
 
 def test_a_story_is_written_continued_and_kept(open_page: OpenPage, api: httpx.Client) -> None:
     page = open_page()
-    page.get_by_role("button", name="New story").click()
+    page.get_by_role("button", name="New story", exact=True).click()
     page.get_by_role("button", name="Settings of this story").click()
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Longest answer").fill("20")
@@ -96,7 +96,9 @@ def test_choosing_among_continuations(open_page: OpenPage, new_session: NewSessi
     first = go_on(page)
     cards = page.get_by_role("group", name="Choices").get_by_role("button")
     expect(cards).to_have_count(3)
-    expect(page.get_by_label("continuation 3 of 3").or_(page.get_by_label("continuation 1 of 3"))).to_be_visible()
+    expect(
+        page.get_by_label("continuation 3 of 3").or_(page.get_by_label("continuation 1 of 3"))
+    ).to_be_visible()
     texts = cards.locator(".text").all_inner_texts()
     assert len(set(texts)) == 3
     for card, text in zip(cards.all(), texts, strict=True):
