@@ -98,8 +98,9 @@ def argument_parser() -> argparse.ArgumentParser:
         parents=[server, generation],
         allow_abbrev=False,
         help="hold a conversation",
-        description="Hold a conversation; /help lists the commands. When standard input is not a "
-        "terminal, each of its lines is a turn and only the answers are printed.",
+        description="Hold a conversation; /help lists the commands. At a terminal the server keeps "
+        "it, if it can. When standard input is not a terminal, each of its lines is a turn and only "
+        "the answers are printed; the server keeps them with --session and --last only.",
     )
     chat.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
     kept = chat.add_mutually_exclusive_group()
@@ -108,6 +109,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     kept.add_argument(
         "--last", action="store_true", help="the same with the chat that was changed last"
+    )
+    kept.add_argument(
+        "--no-session", action="store_true", help="have the server keep nothing of it"
     )
 
     status = commands.add_parser(

@@ -116,6 +116,7 @@ class Engine:
             planned = clock()
             self._desk.report_progress()
             self._model_desk.report_progress()
+            self._sessions.report_progress()
             self._desk.flush()
             totals.wait_s += woken - resting
             totals.plan_s += planned - planning

@@ -278,7 +278,7 @@ class Progress(BaseEvent, frozen=True, kw_only=True, tag="progress"):
     """Sent once a second for a job that sends nothing else: it waits, or it does not stream."""
 
     position: int | None
-    """Jobs of its kind that stand before it; None once it runs."""
+    """Jobs of its kind, or turns of its session, that stand before it; None once it runs."""
     new_tokens: int
 
 
