@@ -46,6 +46,13 @@ def wait_idle(page: Page) -> None:
     expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
 
 
+def wait_written(page: Page, selector: str) -> None:
+    """Until some words are there; looks at every frame, for the demo models are done in seconds."""
+    page.wait_for_function(
+        "selector => document.querySelector(selector)?.textContent.trim().length > 8", arg=selector
+    )
+
+
 def session_of(page: Page) -> int:
     """The id in the page's address."""
     found = re.search(r"#/(?:chat|story)/(\d+)", page.url)

@@ -39,6 +39,8 @@ export class OpenSession {
   problem = $state<Problem | null>(null);
   /** It does not exist (any more). */
   isGone = $state(false);
+  /** Of the last turn: ids of what was written, in order of their texts. */
+  answers: number[] = [];
   /** What the user has yet to send. */
   draft = $state('');
   /** The user has changed a story's text that the server does not have yet. */
@@ -117,6 +119,7 @@ export class OpenSession {
   async run(action: TurnAction, params: SamplingParams | null = null): Promise<boolean> {
     if (this.turn !== null || this.state === null) return false;
     this.problem = null;
+    this.answers = [];
     const leaf = this.state.session.leaf;
     const before = this.#pathBefore(action);
     this.turn = {
@@ -196,13 +199,13 @@ export class OpenSession {
         written.add(event.index ?? 0, event.text);
         break;
       case 'stored':
-        written.answer = event.answer;
+        this.answers = event.answers;
         break;
       case 'done':
         addRun(
           {
             session: this.id,
-            message: written.answer,
+            message: this.answers[0] ?? null,
             kind: this.state!.session.kind,
             model: event.model,
             usage: event.usage,
@@ -296,7 +299,6 @@ export class OpenSession {
 
 /** Collects tokens and shows them once per animation frame. */
 class Written {
-  answer: number | null = null;
   #texts: string[] = [];
   #frame = 0;
   #speaker = new Speaker();

@@ -154,7 +154,7 @@ export type TurnEvent =
   | { event: 'started'; model: string; prompt_tokens: number }
   | { event: 'token'; text: string; index?: number }
   | { event: 'progress'; position: number | null; new_tokens: number }
-  | { event: 'stored'; user_message: number | null; answer: number | null }
+  | { event: 'stored'; user_message: number | null; answers: number[] }
   | {
       event: 'done';
       model: string;
