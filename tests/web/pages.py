@@ -48,8 +48,14 @@ def wait_idle(page: Page) -> None:
 
 def wait_written(page: Page, selector: str) -> None:
     """Until some words are there; looks at every frame, for the demo models are done in seconds."""
-    page.wait_for_function(
-        "selector => document.querySelector(selector)?.textContent.trim().length > 8", arg=selector
+    # Not wait_for_function: it would need eval, which the page's Content-Security-Policy forbids.
+    page.evaluate(
+        """selector => new Promise(written => {
+            const look = () => document.querySelector(selector)?.textContent.trim().length > 8
+                ? written() : requestAnimationFrame(look);
+            look();
+        })""",
+        selector,
     )
 
 

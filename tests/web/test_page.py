@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, Page, Request, expect
 
 from shared.config import PROJECT_ROOT
 from tests.gateway.process import GatewayProcess
-from tests.web.pages import WebServer, say, wait_idle
+from tests.web.pages import WebServer, say, wait_idle, wait_written
 
 OpenPage = Callable[..., Page]
 NewSession = Callable[..., str]
@@ -156,7 +156,7 @@ def test_a_key_is_asked_for_and_stays_out_of_urls(browser: Browser, server: WebS
         expect(dialog).to_contain_text("is wrong")
         dialog.get_by_label("API key").fill(KEY)
         dialog.get_by_role("button", name="Continue").click()
-        expect(page.get_by_text("Ready")).to_be_visible()
+        expect(page.get_by_text("Ready", exact=True)).to_be_visible()
         page.get_by_role("button", name="New chat", exact=True).click()
         say(page, "Hello!")
         page.reload()
@@ -164,6 +164,27 @@ def test_a_key_is_asked_for_and_stays_out_of_urls(browser: Browser, server: WebS
         assert not any(KEY in request.url for request in asked)
         assert any(request.headers.get("authorization") == f"Bearer {KEY}" for request in asked)
         assert KEY not in page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_a_worker_that_dies_costs_no_more_than_the_rest_of_an_answer(
+    open_page: OpenPage, new_session: NewSession, server: WebServer
+) -> None:
+    page = open_page(new_session("chat", temperature=0, max_tokens=900, ignore_eos=True))
+    page.get_by_label("Message", exact=True).fill("Tell me something about cats.")
+    page.keyboard.press("Enter")
+    wait_written(page, "[aria-label=Answer] .markdown")
+    server.process.workers()[-1].kill()
+    expect(page.get_by_role("alert")).to_contain_text("What was written is kept.")
+    expect(page.get_by_text("The server is replacing its workers")).to_be_visible()
+    answer = page.get_by_label("Answer", exact=True)
+    part = answer.locator(".markdown").inner_text()
+    assert part
+    # What is asked for too early is asked for again, until the workers are there.
+    page.get_by_role("button", name="Continue the answer").click()
+    expect(page.get_by_text("The workers are being started: tried again in")).to_be_visible()
+    expect(answer.locator(".markdown")).not_to_have_text(part)
+    wait_idle(page)
+    expect(answer).to_have_count(1)
 
 
 def test_a_server_that_dies_under_the_page_is_found_again_with_what_it_kept(
@@ -177,7 +198,7 @@ def test_a_server_that_dies_under_the_page_is_found_again_with_what_it_kept(
     server.process.stop()
     expect(page.get_by_text("The server cannot be reached")).to_be_visible()
     server.start()
-    expect(page.get_by_text("Ready")).to_be_visible()
+    expect(page.get_by_text("Ready", exact=True)).to_be_visible()
     wait_idle(page)
     expect(page.get_by_label("You")).to_contain_text("cats")
     page.get_by_role("button", name="Continue the answer").or_(

@@ -27,7 +27,7 @@ class SessionList {
       this.problem = '';
     } catch (error) {
       // That the server is away is said elsewhere.
-      if (error instanceof ApiError && (error.isAway && error.code !== 'sessions_off' || error.status === 401)) return;
+      if (error instanceof ApiError && (error.isAway || error.status === 401)) return;
       this.problem = describe(error);
     }
   }

@@ -18,10 +18,10 @@ export interface Turn {
   prefix: string;
   /** What has been written, by answer. */
   texts: string[];
-  phase: 'sending' | 'queued' | 'reading' | 'writing' | 'full' | 'stopping' | 'lost';
+  phase: 'sending' | 'queued' | 'reading' | 'writing' | 'full' | 'starting' | 'stopping' | 'lost';
   /** Jobs before it. */
   position: number | null;
-  /** Seconds until it is sent again, when the queue is full. */
+  /** Seconds until it is sent again, when the queue is full or the workers are being started. */
   retryInS: number | null;
 }
 
@@ -30,6 +30,8 @@ export interface Problem {
   retry: (() => void) | null;
 }
 
+/** Refusals that are over in a while, by their code. */
+const COMES_LATER: Record<string, Turn['phase']> = { queue_full: 'full', not_ready: 'starting' };
 const LOOKS_FOR_KEPT = 12;
 const LOOK_MS = 250;
 
@@ -141,7 +143,7 @@ export class OpenSession {
     } catch (error) {
       if (!signal.aborted) {
         const retry = this.#retryOf(action, params, error);
-        problem = { message: describe(error), retry };
+        problem = { message: describe(error).replace(/[.\s]+$/, ''), retry };
         if (error instanceof ApiError && error.isAway) await this.#waitForServer(signal);
       }
     }
@@ -156,6 +158,7 @@ export class OpenSession {
       problem.retry = null;
     }
     this.turn = null;
+    if (problem !== null && this.isCut) problem.message += '. What was written is kept.';
     this.problem = problem;
     tellTabs(this.id);
     void list.refresh();
@@ -175,8 +178,9 @@ export class OpenSession {
         }
         return;
       } catch (error) {
-        if (!(error instanceof ApiError && error.code === 'queue_full')) throw error;
-        await this.#waitForRoom(error.retryAfterS ?? 2, signal);
+        const phase = error instanceof ApiError ? COMES_LATER[error.code] : undefined;
+        if (phase === undefined) throw error;
+        await this.#waitToSend(phase, (error as ApiError).retryAfterS ?? 2, signal);
       }
     }
   }
@@ -221,9 +225,9 @@ export class OpenSession {
     }
   }
 
-  async #waitForRoom(waitS: number, signal: AbortSignal): Promise<void> {
+  async #waitToSend(phase: Turn['phase'], waitS: number, signal: AbortSignal): Promise<void> {
     const turn = this.turn!;
-    turn.phase = 'full';
+    turn.phase = phase;
     for (let left = Math.ceil(waitS); left > 0; left -= 1) {
       turn.retryInS = left;
       await pause(1000);
