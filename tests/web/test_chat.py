@@ -4,6 +4,10 @@ import re
 from collections.abc import Callable
 
 import httpx
+import pytest
+
+pytest.importorskip("playwright", reason="the Python package playwright is not installed")
+
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.web.pages import say, session_of, wait_idle, wait_written

@@ -3,6 +3,10 @@
 from collections.abc import Callable
 
 import httpx
+import pytest
+
+pytest.importorskip("playwright", reason="the Python package playwright is not installed")
+
 from playwright.sync_api import Page, expect
 
 from tests.web.pages import session_of, wait_idle, wait_written
