@@ -14,8 +14,8 @@ from tests.web.pages import say, session_of, wait_idle, wait_written
 
 OpenPage = Callable[..., Page]
 NewSession = Callable[..., str]
-LONG = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
-"""Sampling of an answer that lasts for seconds."""
+LONG = {"temperature": 0, "ignore_eos": True}
+"""Sampling of an answer that goes on until the context is full, which takes seconds."""
 
 
 def test_a_chat_of_three_turns_remembers_and_is_there_after_a_reload(open_page: OpenPage) -> None:

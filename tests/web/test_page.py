@@ -174,7 +174,7 @@ def test_a_key_is_asked_for_and_stays_out_of_urls(browser: Browser, server: WebS
 def test_a_worker_that_dies_costs_no_more_than_the_rest_of_an_answer(
     open_page: OpenPage, new_session: NewSession, server: WebServer
 ) -> None:
-    page = open_page(new_session("chat", temperature=0, max_tokens=900, ignore_eos=True))
+    page = open_page(new_session("chat", temperature=0, ignore_eos=True))
     page.get_by_label("Message", exact=True).fill("Tell me something about cats.")
     page.keyboard.press("Enter")
     wait_written(page, "[aria-label=Answer] .markdown")
@@ -195,7 +195,7 @@ def test_a_worker_that_dies_costs_no_more_than_the_rest_of_an_answer(
 def test_a_server_that_dies_under_the_page_is_found_again_with_what_it_kept(
     open_page: OpenPage, new_session: NewSession, server: WebServer
 ) -> None:
-    page = open_page(new_session("chat", temperature=0, max_tokens=900, ignore_eos=True))
+    page = open_page(new_session("chat", temperature=0, ignore_eos=True))
     page.get_by_label("Message", exact=True).fill("Tell me something about cats.")
     page.keyboard.press("Enter")
     answer = page.get_by_label("Answer", exact=True)

@@ -151,7 +151,7 @@ def test_another_word_can_be_chosen_after_a_reload(
 def test_stopping_a_story_keeps_what_was_written(
     open_page: OpenPage, new_session: NewSession
 ) -> None:
-    page = open_page(new_session("story", temperature=0, max_tokens=900, ignore_eos=True))
+    page = open_page(new_session("story", temperature=0, ignore_eos=True))
     page.get_by_label("Story", exact=True).fill(BEGINNING)
     page.get_by_role("button", name="Continue", exact=True).click()
     wait_written(page, ".mirror .generated")

@@ -41,7 +41,8 @@ export class OpenSession {
   problem = $state<Problem | null>(null);
   /** It does not exist (any more). */
   isGone = $state(false);
-  /** Of the last turn: ids of what was written, in order of their texts. */
+  /** Of the last turn: what was written, and the ids that it got, in the same order. */
+  texts: string[] = [];
   answers: number[] = [];
   /** What the user has yet to send. */
   draft = $state('');
@@ -148,6 +149,7 @@ export class OpenSession {
       }
     }
     written.finish();
+    this.texts = written.texts;
     const kept = written.hasBegun;
     const ended = problem === null && !signal.aborted;
     if (!this.#closed) await this.#afterTurn(leaf, kept && !ended);
@@ -303,33 +305,33 @@ export class OpenSession {
 
 /** Collects tokens and shows them once per animation frame. */
 class Written {
-  #texts: string[] = [];
+  readonly texts: string[] = [];
   #frame = 0;
   #speaker = new Speaker();
 
   constructor(private readonly turn: Turn) {}
 
   get hasBegun(): boolean {
-    return this.#texts.some((text) => text !== '');
+    return this.texts.some((text) => text !== '');
   }
 
   add(index: number, text: string): void {
-    while (this.#texts.length <= index) this.#texts.push('');
-    this.#texts[index] += text;
+    while (this.texts.length <= index) this.texts.push('');
+    this.texts[index] += text;
     this.#frame ||= requestAnimationFrame(() => this.#show());
   }
 
   finish(): void {
     cancelAnimationFrame(this.#frame);
     if (this.hasBegun) this.#show();
-    this.#speaker.finish(this.#texts[0] ?? '');
+    this.#speaker.finish(this.texts[0] ?? '');
   }
 
   #show(): void {
     this.#frame = 0;
     if (this.turn.phase !== 'stopping') this.turn.phase = 'writing';
-    this.turn.texts = [...this.#texts];
-    this.#speaker.hear(this.#texts[0] ?? '');
+    this.turn.texts = [...this.texts];
+    this.#speaker.hear(this.texts[0] ?? '');
   }
 }
 
