@@ -80,5 +80,5 @@ class KeyGuard:
                 error = InvalidKeyError(f"the API key {problem}: send Authorization: Bearer KEY")
                 await error_response(error)(scope, receive, send)
                 return
-            scope["state"]["log_fields"]["key"] = name
+            scope["state"]["user"] = scope["state"]["log_fields"]["key"] = name
         await self._app(scope, receive, send)

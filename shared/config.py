@@ -104,6 +104,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     chat_weight: Annotated[
         int, Meta(ge=1, le=100, description="chats that start in a round with the stories")
     ] = 1
+    embedding_weight: Annotated[
+        int, Meta(ge=1, le=100, description="embedding requests that start in such a round")
+    ] = 1
     step_timeout: Annotated[
         float,
         Meta(gt=0, le=86400, description="seconds after which a silent worker counts as lost"),

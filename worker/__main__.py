@@ -78,13 +78,13 @@ class Worker:
                 self._send(self._obey(order))
             except TpserveError as error:
                 fatal = isinstance(error, CommError)
-                log.error("rank %d: %s", self._rank, error)
+                log.error("%s: %s", _name(order), error)
                 self._fail(error.code, error.message, fatal)
                 if fatal:
                     return
             except (RuntimeError, MemoryError) as error:
                 # What torch raises when memory runs out; the coordinator tells the user.
-                log.exception("rank %d", self._rank)
+                log.exception("%s", _name(order))
                 self._fail(TpserveError.code, f"{type(error).__name__}: {error}", fatal=True)
                 return
 
@@ -146,7 +146,7 @@ class Worker:
 
     def _step(self, plan: StepPlan) -> StepResult | None:
         began, in_comm = time.perf_counter(), self._in_comm_s()
-        sampled = self._ready_runner.step(plan)
+        made = self._ready_runner.step(plan)
         self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
@@ -154,8 +154,9 @@ class Worker:
             rank=self._rank,
             epoch=plan.epoch,
             step=plan.step,
-            tokens=sampled.tokens,
-            logprobs=sampled.logprobs,
+            tokens=made.sampled.tokens,
+            logprobs=made.sampled.logprobs,
+            means=[mean.astype("<f4").tobytes() for mean in made.means],
         )
 
     def _in_comm_s(self) -> float:
@@ -208,6 +209,13 @@ class Worker:
                 rank=self._rank, epoch=self._epoch, code=code, message=message, fatal=fatal
             )
         )
+
+
+def _name(order: ToWorker) -> str:
+    """What the coordinator's log calls it, too."""
+    if isinstance(order, StepPlan):
+        return f"epoch {order.epoch}, step {order.step} of {order.model}"
+    return type(order).__name__
 
 
 def main() -> None:

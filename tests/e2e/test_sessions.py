@@ -509,4 +509,6 @@ def test_a_data_folder_that_cannot_be_used_costs_the_sessions_only(tmp_path: Pat
             assert client.story("Hello", max_tokens=2).result().token_ids
             with pytest.raises(SessionsOffError, match="could not be opened"):
                 client.sessions.create("chat")
-        assert wait_until(lambda: any("no sessions are kept" in line for line in server.log), 5)
+        assert wait_until(
+            lambda: any("no sessions and no jobs are kept" in line for line in server.log), 5
+        )
