@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from client.zmq_client import AsyncClient
-from gateway.access import KeyGuard, OriginGuard
+from gateway.access import HEALTH_PATHS, KeyGuard, OriginGuard
 from gateway.context import Gateway
 from gateway.embedding_routes import embedding_routes
 from gateway.errors import MethodError, NoRouteError, error_response
@@ -25,6 +25,7 @@ from gateway.operator_routes import VERSION, document_route, health_routes, mode
 from gateway.session_routes import session_routes
 from gateway.settings import HttpSettings
 from gateway.token_routes import token_routes
+from gateway.web_page import page_routes, read_page
 from shared.errors import InvalidRequestError, TpserveError
 
 CLIENT_CLOSED_REQUEST = 499
@@ -56,12 +57,14 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
         app.include_router(router)
     described = [route for router in routers for route in router.routes]
     app.include_router(document_route(document(described, VERSION, has_keys=bool(keys))))
+    page = read_page()
+    app.include_router(page_routes(page))
     app.add_exception_handler(TpserveError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(ClientDisconnect, _tell_nobody)
     app.add_exception_handler(Exception, _tell_bug)
 
-    guarded: ASGIApp = KeyGuard(app, keys)
+    guarded: ASGIApp = KeyGuard(app, keys, open_paths={*HEALTH_PATHS, *page})
     if settings.cors_origin:
         # Outside the keys: a browser's first question comes without one.
         guarded = CORSMiddleware(
