@@ -5,7 +5,6 @@ asked. All of them end with the context they were entered in.
 """
 
 import json
-import random
 import subprocess
 import time
 from collections.abc import Sequence
@@ -14,57 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tokenizers import Tokenizer
-
 from benchmarks.engine import server
-from benchmarks.peer_files import HERE, Peers
+from benchmarks.peer_files import HERE, Installed
+from benchmarks.prompts import Prompt
 from client.zmq_client import Client
 from shared.messages import Status, Token
 
 KV_MEMORY = "256M"
 SILENCE_S = 300.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text, and the tokens that a model's tokenizer makes of it."""
-
-    text: str
-    ids: list[int]
-
-
-class Prompts:
-    """Prompts of any length in tokens, each of them new: no cache may know how it begins."""
-
-    def __init__(self, model: Path, seed: int = 0) -> None:
-        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        self._random = random.Random(seed)
-        length = len(self._encode("x"))
-        words = {
-            self._tokenizer.decode([self._random.randrange(self._tokenizer.get_vocab_size())])
-            for _ in range(4_000)
-        }
-        self._words = sorted(
-            word
-            for word in words
-            if word.isalpha() and len(self._encode(f"x {word}")) == length + 1
-        )
-
-    def of(self, text: str) -> Prompt:
-        """A given text."""
-        return Prompt(text, self._encode(text))
-
-    def make(self, tokens: int) -> Prompt:
-        """Random words, `tokens` tokens of them with what the tokenizer adds."""
-        count = tokens
-        while True:
-            prompt = self.of(" ".join(self._random.choices(self._words, k=count)))
-            if len(prompt.ids) == tokens:
-                return prompt
-            count = max(1, count + tokens - len(prompt.ids))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
 
 
 @dataclass(frozen=True)
@@ -136,8 +92,8 @@ class _PeerAnswer(TypedDict):
 class PeerProcess(AbstractContextManager["PeerProcess"]):
     """One of the peers' scripts: a JSON object on a line asks, another one answers."""
 
-    def __init__(self, peers: Peers, script: str, *arguments: str) -> None:
-        self._process = _lines([str(peers.python), str(HERE / script), *arguments])
+    def __init__(self, peer: Installed, script: str, *arguments: str) -> None:
+        self._process = _lines([str(peer.python), str(HERE / script), *arguments])
         self.description: str = self._read()["ready"]
 
     def __exit__(self, *_: object) -> None:
@@ -165,16 +121,22 @@ class PeerProcess(AbstractContextManager["PeerProcess"]):
 
 
 def llama_cpp(
-    peers: Peers, model: Path, threads: int, streams: int = 1, context: int = 256
+    peer: Installed, model: Path, threads: int, streams: int = 1, context: int = 256
 ) -> PeerProcess:
     """llama.cpp with a GGUF file."""
     sizes = ["--threads", str(threads), "--streams", str(streams), "--context", str(context)]
-    return PeerProcess(peers, "peer_llama_cpp.py", "serve", str(model), *sizes)
+    return PeerProcess(peer, "peer_llama_cpp.py", "serve", str(model), *sizes)
 
 
-def openvino(peers: Peers, model: Path, threads: int) -> PeerProcess:
+def openvino(peer: Installed, model: Path, threads: int) -> PeerProcess:
     """OpenVINO GenAI with a converted model."""
-    return PeerProcess(peers, "peer_openvino.py", str(model), "--threads", str(threads))
+    return PeerProcess(peer, "peer_openvino.py", str(model), "--threads", str(threads))
+
+
+def transformers(peer: Installed, model: Path, threads: int, dtype: str) -> PeerProcess:
+    """Hugging Face transformers with the checkpoint itself; dtype as torch calls it."""
+    flags = ["--threads", str(threads), "--dtype", dtype]
+    return PeerProcess(peer, "peer_transformers.py", str(model), *flags)
 
 
 class MemoryReaders(AbstractContextManager["MemoryReaders"]):

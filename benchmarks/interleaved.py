@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import psutil
+from benchmarks.machine import seconds_of_others
 
 Samples = Mapping[str, Sequence[float]]
 """By what was measured, a value for each round."""
@@ -31,7 +31,7 @@ class Rounds:
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
     """Sample every contender once a round. A first round, in which all get warm, does not count."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    began, others = time.monotonic(), _seconds_of_others()
+    began, others = time.monotonic(), seconds_of_others()
     for turn in range(rounds + 1):
         order = list(contenders)
         first = turn % len(order)
@@ -41,16 +41,7 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Ro
             if turn:
                 samples[name].append(value)
     passed = time.monotonic() - began
-    return Rounds(samples, max(0.0, (_seconds_of_others() - others) / passed))
-
-
-def _seconds_of_others() -> float:
-    """Processor time that neither this process nor one it started has used, since some time ago."""
-    machine = psutil.cpu_times()
-    busy = sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice
-    this = psutil.Process()
-    own = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return busy - sum(times.user + times.system for times in own)
+    return Rounds(samples, max(0.0, (seconds_of_others() - others) / passed))
 
 
 @dataclass(frozen=True)

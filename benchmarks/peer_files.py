@@ -1,8 +1,9 @@
-"""What peers.py compares with: the peers' own environment, and the models in their formats.
+"""What peers.py compares with: the peers, each in an environment of its own, and models in their formats.
 
-Everything lies under build/ and is made once (`peers.py --prepare`): a virtual environment, since the
-peers need other versions of packages than tpserve; llama.cpp, compiled from source for this CPU;
-a checkpoint with random weights; and each model as GGUF and in OpenVINO's format.
+Everything lies under build/ and is made once (`peers.py --prepare`): a virtual environment for each
+peer, since they need other versions of packages than tpserve and than each other; llama.cpp, compiled
+from source for this CPU; a checkpoint with random weights; and each model as GGUF and in OpenVINO's
+format.
 """
 
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from safetensors.torch import save_file
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = PROJECT.parent / "shared"
 HERE = Path(__file__).resolve().parent
-ENVIRONMENT = PROJECT / "build" / "peers-venv"
 CACHE = PROJECT / "build" / "peers"
 
 LLAMA_CPP = "llama_cpp_python-0.3.36"
 CONVERTER = ["torch==2.13.0", "transformers==5.5.4", "sentencepiece==0.2.1", "pyyaml", "tqdm"]
+TRANSFORMERS = ["torch==2.13.0", "transformers==5.5.4", "numpy"]
 OPENVINO = ["openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", *CONVERTER]
 
 
@@ -34,55 +35,83 @@ class PrepareError(Exception):
 
 
 @dataclass(frozen=True)
-class Peers:
-    """The environment, and which of the peers are in it."""
+class Installed:
+    """A peer that can be run."""
 
     python: Path
-    llama_cpp: str | None
-    """Its version; None: it is not installed."""
-    openvino: str | None
+    """Of its environment."""
+    version: str
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Who is installed; None: not installed."""
+
+    llama_cpp: Installed | None
+    openvino: Installed | None
+    transformers: Installed | None
 
 
 def find_peers() -> Peers:
-    """What `prepare_environment` has installed so far."""
-    python = ENVIRONMENT / "bin" / "python"
-    return Peers(python, _version(python, "llama_cpp"), _version(python, "openvino_genai"))
+    """What `prepare_environments` has installed so far."""
+    return Peers(
+        llama_cpp=_find("llama_cpp"),
+        openvino=_find("openvino_genai"),
+        transformers=_find("transformers"),
+    )
 
 
-def prepare_environment() -> None:
+def prepare_environments() -> None:
     """Install what is missing. A peer that cannot be installed is left out with a line that says so."""
     os.nice(19)  # compiling takes many minutes, and somebody else may be using the machine
-    if not (ENVIRONMENT / "bin" / "python").exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-    for name, prepare in (("llama.cpp", _install_llama_cpp), ("OpenVINO GenAI", _install_openvino)):
-        try:
-            prepare()
-        except PrepareError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+    for module, install in _INSTALL.items():
+        if _find(module) is None:
+            try:
+                install(_environment(module))
+            except PrepareError as error:
+                print(f"{module} is left out: {error}", file=sys.stderr)
 
 
-def _install_llama_cpp() -> None:
+def _environment(module: str) -> Path:
+    """The interpreter of a peer's environment, made if need be."""
+    folder = PROJECT / "build" / f"peer-{module}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    return python
+
+
+def _install_llama_cpp(python: Path) -> None:
     source = CACHE / LLAMA_CPP
     if not source.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         name, _, version = LLAMA_CPP.rpartition("-")
-        _pip(
-            "download", "--no-deps", "--no-binary", ":all:", "-d", str(CACHE), f"{name}=={version}"
-        )
+        wanted = f"{name}=={version}"
+        _pip(python, "download", "--no-deps", "--no-binary", ":all:", "-d", str(CACHE), wanted)
         archive = CACHE / f"{LLAMA_CPP}.tar.gz"
         with tarfile.open(archive) as packed:
             packed.extractall(CACHE, filter="data")
         archive.unlink()
-    if not find_peers().llama_cpp:
-        _pip("install", *CONVERTER)
-        _pip("install", str(source), environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON"})
+    _pip(python, "install", *CONVERTER)
+    _pip(python, "install", str(source), environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON"})
 
 
-def _install_openvino() -> None:
-    if not find_peers().openvino:
-        _pip("install", *OPENVINO)
-        # Only for pictures, and what the registry has need not fit the CPU build of torch.
-        _pip("uninstall", "--yes", "torchvision")
+def _install_openvino(python: Path) -> None:
+    _pip(python, "install", *OPENVINO)
+    # Only for pictures, and what the registry has need not fit the CPU build of torch.
+    _pip(python, "uninstall", "--yes", "torchvision")
+
+
+def _install_transformers(python: Path) -> None:
+    _pip(python, "install", *TRANSFORMERS)
+
+
+_INSTALL: Mapping[str, Callable[[Path], None]] = {
+    "llama_cpp": _install_llama_cpp,
+    "openvino_genai": _install_openvino,
+    "transformers": _install_transformers,
+}
+"""By the module whose version is the peer's."""
 
 
 def random_checkpoint(preset: str) -> Path:
@@ -96,7 +125,7 @@ def random_checkpoint(preset: str) -> Path:
     return folder
 
 
-def gguf(peers: Peers, model: Path, kind: str) -> Path:
+def gguf(llama_cpp: Installed, model: Path, kind: str) -> Path:
     """`model` for llama.cpp, its matrices in `kind`: f32, bf16, q8_0 or q4_0."""
     target = CACHE / "gguf" / f"{model.name}-{kind}.gguf"
     if target.exists():
@@ -105,11 +134,11 @@ def gguf(peers: Peers, model: Path, kind: str) -> Path:
     unfinished = target.with_name(f"{target.name}.unfinished")
     if kind in ("q8_0", "q4_0"):
         script = str(HERE / "peer_llama_cpp.py")
-        source = gguf(peers, model, "bf16")
-        _run([str(peers.python), script, "quantize", str(source), str(unfinished), kind])
+        source = gguf(llama_cpp, model, "bf16")
+        _run([str(llama_cpp.python), script, "quantize", str(source), str(unfinished), kind])
     else:
         upstream = CACHE / LLAMA_CPP / "vendor" / "llama.cpp"
-        command = [str(peers.python), str(upstream / "convert_hf_to_gguf.py")]
+        command = [str(llama_cpp.python), str(upstream / "convert_hf_to_gguf.py")]
         command += [str(_with_embedding(model)), "--outtype", kind, "--outfile", str(unfinished)]
         _run(command)
     return unfinished.rename(target)
@@ -136,29 +165,30 @@ def _with_embedding(model: Path) -> Path:
     return copy
 
 
-def openvino(peers: Peers, model: Path) -> Path:
+def openvino_model(openvino: Installed, model: Path) -> Path:
     """`model` for OpenVINO, its matrices in int8."""
     target = CACHE / "openvino" / f"{model.name}-int8"
     if target.exists():
         return target
     unfinished = target.with_name(f"{target.name}.unfinished")
-    command = [str(peers.python.with_name("optimum-cli")), "export", "openvino"]
+    command = [str(openvino.python.with_name("optimum-cli")), "export", "openvino"]
     command += ["--model", str(model), "--task", "text-generation-with-past"]
     _run([*command, "--weight-format", "int8", str(unfinished)])
     return unfinished.rename(target)
 
 
-def _version(python: Path, module: str) -> str | None:
-    """The version of a module that can be imported there."""
+def _find(module: str) -> Installed | None:
+    """A peer whose module can be imported in its environment."""
+    python = PROJECT / "build" / f"peer-{module}" / "bin" / "python"
     if not python.exists():
         return None
     command = [str(python), "-c", f"import {module}; print({module}.__version__)"]
     asked = subprocess.run(command, capture_output=True, text=True)
-    return None if asked.returncode else asked.stdout.strip()
+    return None if asked.returncode else Installed(python, asked.stdout.strip())
 
 
-def _pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    _run([str(ENVIRONMENT / "bin" / "python"), "-m", "pip", *arguments], environment)
+def _pip(python: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    _run([str(python), "-m", "pip", *arguments], environment)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:

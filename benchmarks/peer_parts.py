@@ -6,18 +6,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import peer_files
 from benchmarks.contestants import (
     MemoryReaders,
     PeerProcess,
-    Prompt,
-    Prompts,
     TpserveServer,
     llama_cpp,
     openvino,
+    transformers,
 )
 from benchmarks.interleaved import Part, Ratio, Rounds, interleave
-from benchmarks.peer_files import Peers
+from benchmarks.peer_files import Peers, gguf, openvino_model
+from benchmarks.prompts import Prompt, Prompts
 from shared.model_config import read_model_config
 
 CORES = 2
@@ -100,6 +99,7 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
     one = f"tpserve {dtype}, 1 worker x 1 thread"
     threaded = f"tpserve {dtype}, 1 worker x {CORES} threads"
     peer = f"llama.cpp {precision.gguf.upper()}, {CORES} threads"
+    hugging_face = f"transformers {dtype}, {CORES} threads"
     one_reader = "reading the weights and no more, 1 process"
     readers = f"reading the weights and no more, {CORES} processes"
     contenders: dict[str, Callable[[], float]] = {}
@@ -108,9 +108,14 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
             server = stack.enter_context(TpserveServer(bench.model, workers, threads, dtype))
             contenders[name] = _decoding(server, prompt, 1, precision.tokens)
         if bench.peers.llama_cpp:
-            file = peer_files.gguf(bench.peers, bench.model, precision.gguf)
-            engine = stack.enter_context(llama_cpp(bench.peers, file, CORES))
+            file = gguf(bench.peers.llama_cpp, bench.model, precision.gguf)
+            engine = stack.enter_context(llama_cpp(bench.peers.llama_cpp, file, CORES))
             contenders[peer] = _decoding(engine, prompt, 1, precision.tokens)
+        if bench.peers.transformers and dtype == "bf16":
+            process = transformers(bench.peers.transformers, bench.model, CORES, "bfloat16")
+            contenders[hugging_face] = _decoding(
+                stack.enter_context(process), prompt, 1, precision.tokens
+            )
         if bench.memory_speed is not None:
             memory = stack.enter_context(MemoryReaders(bench.memory_speed, CORES))
             step = precision.bytes_per_step(bench.model)
@@ -123,6 +128,7 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
         rounds=rounds,
         ratios=[
             Ratio(two, peer, precision.goal),
+            Ratio(two, hugging_face),
             Ratio(two, readers, READING_GOAL),
             Ratio(two, one, SCALING_GOAL),
             Ratio(two, threaded, 1),
@@ -145,13 +151,13 @@ def batch(bench: Bench) -> Iterator[Part]:
             (f"tpserve int8, {CORES} workers x 1 thread", server, BATCH_TOKENS)
         ]
         if bench.peers.openvino:
-            folder = peer_files.openvino(bench.peers, bench.model)
-            pipeline = stack.enter_context(openvino(bench.peers, folder, CORES))
+            folder = openvino_model(bench.peers.openvino, bench.model)
+            pipeline = stack.enter_context(openvino(bench.peers.openvino, folder, CORES))
             engines.append((f"OpenVINO GenAI int8, {CORES} threads", pipeline, BATCH_TOKENS))
         if bench.peers.llama_cpp:
-            file = peer_files.gguf(bench.peers, bench.model, "q8_0")
+            file = gguf(bench.peers.llama_cpp, bench.model, "q8_0")
             engine = stack.enter_context(
-                llama_cpp(bench.peers, file, CORES, max(BATCH_GOALS), LLAMA_CPP_CONTEXT)
+                llama_cpp(bench.peers.llama_cpp, file, CORES, max(BATCH_GOALS), LLAMA_CPP_CONTEXT)
             )
             engines.append((f"llama.cpp Q8_0, {CORES} threads", engine, LLAMA_CPP_BATCH_TOKENS))
         ours = engines[0][0]
@@ -186,11 +192,11 @@ def story(bench: Bench) -> Iterator[Part]:
         contenders[one] = _repeated(_decoding(server, prompt, 1, STORY_TOKENS))
         contenders[many] = _decoding(server, prompt, STORY_STREAMS, STORY_TOKENS)
         if bench.peers.llama_cpp:
-            file = peer_files.gguf(bench.peers, bench.story, "f32")
+            file = gguf(bench.peers.llama_cpp, bench.story, "f32")
             context = len(prompt.ids) + STORY_TOKENS + 2
             for threads in range(1, CORES + 1):
                 engine = stack.enter_context(
-                    llama_cpp(bench.peers, file, threads, STORY_STREAMS, context)
+                    llama_cpp(bench.peers.llama_cpp, file, threads, STORY_STREAMS, context)
                 )
                 name = f"llama.cpp F32, {threads} thread(s)"
                 contenders[f"{name}, Python binding"] = _repeated(_generating(engine, prompt))
@@ -203,6 +209,11 @@ def story(bench: Bench) -> Iterator[Part]:
                     Ratio(many, batched),
                 ]
             notes.append(_agreement(server, engine, prompt))
+        if bench.peers.transformers:
+            name = "transformers fp32, 1 thread"
+            process = transformers(bench.peers.transformers, bench.story, 1, "float32")
+            contenders[name] = _decoding(stack.enter_context(process), prompt, 1, STORY_TOKENS)
+            ratios.append(Ratio(one, name))
         rounds = interleave(contenders, bench.rounds)
     yield Part("Story model, fp32", "tokens/s", rounds, ratios, notes=notes)
 

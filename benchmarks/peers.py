@@ -1,11 +1,14 @@
-"""tpserve beside llama.cpp and OpenVINO GenAI, in turns on the same machine.
+"""tpserve beside llama.cpp, OpenVINO GenAI and transformers, in turns on the same machine.
 
     python benchmarks/peers.py --prepare    # once: installs and compiles the peers, converts models
     python benchmarks/peers.py [--only decode,batch,story] [--dtypes int4,int8,bf16] [--rounds 4]
+                               [--json FILE] [--report FILE.md]
 
 Every number of tpserve is one that a client of a running server sees; every number of a peer comes
-from a process of its own (peer_llama_cpp.py, peer_openvino.py) with as many threads as tpserve has.
-All that is compared takes turns. Prints Markdown; --json keeps every sample.
+from a process of its own (peer_llama_cpp.py, peer_openvino.py, peer_transformers.py) with as many
+threads as tpserve has. All that is compared takes turns. Prints Markdown; --report writes the same,
+with a picture beside it. --json keeps every sample after each part; with a file that is already
+there, parts that it has are not measured again.
 
     decode    batch 1 in each precision: against llama.cpp, one worker against two, and against
               reading as many bytes as a step has weights without computing anything
@@ -17,59 +20,41 @@ at best, so decode and batch compare with that; story has its Python binding too
 """
 
 import argparse
-import json
+import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Collection
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
-
-import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks import peer_files  # noqa: E402 - runnable without being installed
-from benchmarks.interleaved import Part  # noqa: E402
+from benchmarks.machine import Fact, commit, describe_machine  # noqa: E402
 from benchmarks.peer_files import REFERENCE, Peers, PrepareError  # noqa: E402
 from benchmarks.peer_parts import PARTS, PRECISIONS, Bench  # noqa: E402
+from benchmarks.peer_report import read_report  # noqa: E402
 from worker.native.toolchain import find_compiler  # noqa: E402
 
 PRESET = "tinyllama-1.1b"
 
 
-class Fact(NamedTuple):
-    """A line of the header."""
-
-    name: str
-    value: str
-
-
-def describe_machine() -> list[Fact]:
-    """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    return [
-        Fact("CPU", cpu),
-        Fact("cores", str(len(os.sched_getaffinity(0)))),
-        Fact("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"),
-        Fact("kernel", platform.release()),
-        Fact("load before (1, 5, 15 minutes)", load),
-    ]
-
-
 def describe_peers(peers: Peers) -> list[Fact]:
     """Which versions, and who is missing."""
-    found = {"llama.cpp": peers.llama_cpp, "OpenVINO GenAI": peers.openvino}
-    return [Fact(name, version or "not installed: left out") for name, version in found.items()]
+    found = {
+        "llama.cpp": peers.llama_cpp,
+        "OpenVINO GenAI": peers.openvino,
+        "transformers": peers.transformers,
+    }
+    return [
+        Fact(name, peer.version if peer else "not installed: left out")
+        for name, peer in found.items()
+    ]
 
 
 def compile_memory_speed(folder: Path) -> Path | None:
@@ -87,25 +72,30 @@ def compile_memory_speed(folder: Path) -> Path | None:
 
 def prepare(model: Path | None, story: Path, dtypes: tuple[str, ...]) -> None:
     """Make everything that `measure` needs, as far as it is missing."""
-    peer_files.prepare_environment()
+    peer_files.prepare_environments()
     peers = peer_files.find_peers()
     model = model or peer_files.random_checkpoint(PRESET)
     if peers.llama_cpp:
-        peer_files.gguf(peers, story, "f32")
+        peer_files.gguf(peers.llama_cpp, story, "f32")
         for dtype in dtypes:
-            peer_files.gguf(peers, model, PRECISIONS[dtype].gguf)
+            peer_files.gguf(peers.llama_cpp, model, PRECISIONS[dtype].gguf)
     if peers.openvino:
-        peer_files.openvino(peers, model)
+        peer_files.openvino_model(peers.openvino, model)
 
 
 def measure(options: argparse.Namespace) -> None:
-    """All parts that are wanted; each is printed as soon as it is there."""
+    """All parts that are wanted and not there yet; each is kept as soon as it is there."""
     began = time.monotonic()
     peers = peer_files.find_peers()
     model = options.model or peer_files.random_checkpoint(PRESET)
     facts = [*describe_machine(), *describe_peers(peers), Fact("model", model.name)]
-    print("\n".join(f"- {fact.name}: {fact.value}" for fact in facts), flush=True)
-    parts: list[Part] = []
+    facts += [
+        Fact("tpserve", f"{version('tpserve')}, commit {commit() or 'unknown'}"),
+        Fact("date", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} UTC"),
+        Fact("rounds", str(options.rounds)),
+    ]
+    report = read_report(options.json, dict(facts))
+    print("\n".join(f"- {name}: {value}" for name, value in report.facts.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             peers=peers,
@@ -116,13 +106,13 @@ def measure(options: argparse.Namespace) -> None:
             dtypes=options.dtypes,
         )
         for name in options.only:
-            for part in PARTS[name](bench):
-                print(f"\n{part.as_markdown()}", flush=True)
-                parts.append(part)
+            for part in report.parts_of(name, partial(PARTS[name], bench)):
+                print(f"\n{part.markdown}", flush=True)
+            if options.json:
+                report.save(options.json)
     print(f"\n{options.rounds} rounds, {(time.monotonic() - began) / 60:.1f} minutes.")
-    if options.json:
-        report = {"facts": dict(facts), "parts": [part.as_json() for part in parts]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.report:
+        report.write(options.report)
 
 
 def _names(text: str, known: Collection[str]) -> tuple[str, ...]:
@@ -155,6 +145,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=f"a checkpoint (random, {PRESET}'s shape)")
     parser.add_argument("--story", type=Path, default=REFERENCE / "models" / "story")
     parser.add_argument("--json", type=Path, help="a file for all samples")
+    parser.add_argument(
+        "--report", type=Path, help="a file for the tables; a picture goes beside it"
+    )
     options = parser.parse_args()
     try:
         if options.prepare:

@@ -111,7 +111,7 @@ def main() -> None:
 
         def turn(shelf: Shelf) -> None:
             begun = turns.begin(shelf, SendTurn(id="t", session=any_session(), text="hello"))
-            turns.end(shelf, begun, NewMessage(role="assistant", content="hello yourself"))
+            turns.end(shelf, begun, [NewMessage(role="assistant", content="hello yourself")])
 
         middle = f"{options.sessions / 2!r}:0"
         measure(database, "list the 50 newest", lambda s: s.page("p", 50, None), True)

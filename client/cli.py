@@ -1,8 +1,8 @@
 """The `tpserve` command: its arguments, and what becomes of errors.
 
 Each subcommand is a module of client/commands and is loaded when it is called for, so that none
-waits for the libraries of the others; `serve`, `plan` and `compare` become other programs and need
-nothing of this.
+waits for the libraries of the others; `serve`, `plan`, `compare` and `bench` become other programs and
+need nothing of this.
 """
 
 import argparse
@@ -24,6 +24,7 @@ OTHER_PROGRAMS = {
     "serve": "coordinator",
     "plan": "coordinator.plan",
     "compare": "worker.compare",
+    "bench": "benchmarks.scaling",
 }
 """Commands that this process becomes: the modules to run."""
 
@@ -79,6 +80,10 @@ def argument_parser() -> argparse.ArgumentParser:
         help="accuracy of precisions on a model folder, without a server; tpserve compare --help",
     )
 
+    commands.add_parser(
+        "bench", help="one worker against many, measured on this machine; tpserve bench --help"
+    )
+
     story = commands.add_parser(
         "story",
         parents=[server, generation, as_json],
@@ -98,8 +103,9 @@ def argument_parser() -> argparse.ArgumentParser:
         parents=[server, generation],
         allow_abbrev=False,
         help="hold a conversation",
-        description="Hold a conversation; /help lists the commands. When standard input is not a "
-        "terminal, each of its lines is a turn and only the answers are printed.",
+        description="Hold a conversation; /help lists the commands. At a terminal the server keeps "
+        "it, if it can. When standard input is not a terminal, each of its lines is a turn and only "
+        "the answers are printed; the server keeps them with --session and --last only.",
     )
     chat.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
     kept = chat.add_mutually_exclusive_group()
@@ -108,6 +114,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     kept.add_argument(
         "--last", action="store_true", help="the same with the chat that was changed last"
+    )
+    kept.add_argument(
+        "--no-session", action="store_true", help="have the server keep nothing of it"
     )
 
     status = commands.add_parser(
@@ -136,7 +145,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     unload.add_argument("model", metavar="NAME", help="the model")
     unload.add_argument("--force", action="store_true", help="end its jobs at once")
-    commands.add_parser("plan", help="memory that a model takes: tpserve plan --help")
+    commands.add_parser(
+        "plan", help="memory that a model takes, and predicted speed: tpserve plan --help"
+    )
     commands.add_parser("models", parents=[server, as_json], help="the models that are loaded")
     commands.add_parser(
         "health", parents=[server], help="whether the server is ready; if not, exit with 1"

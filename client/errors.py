@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from shared import errors
 from shared.errors import TpserveError
-from shared.messages import Failed
+from shared.messages import Cancelled, Failed
 from shared.protocol import Event
 
 E = TypeVar("E", bound=Event)
@@ -47,11 +47,13 @@ def remote_error(code: str, message: str) -> TpserveError:
 
 
 def expect(event: Event, answer: type[E]) -> E:
-    """`event` as the answer to a request. Raises what `failed` stands for."""
+    """`event` as the answer to a request. Raises what `failed` and `cancelled` stand for."""
     if isinstance(event, Failed):
         error = remote_error(event.code, event.message)
         error.retry_after_s = event.retry_after_s
         raise error
+    if isinstance(event, Cancelled) and not isinstance(event, answer):
+        raise JobCancelledError(event.text, event.token_ids)
     if not isinstance(event, answer):
         raise TpserveError(f"the server answered {event} where {answer.__name__} is due")
     return event

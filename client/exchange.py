@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Set
 from client.requests import frame_of, new_id
 from shared.errors import ConnectionLostError, TpserveError
 from shared.messages import PROTOCOL_VERSION, Cancel, GetHealth
-from shared.protocol import TERMINAL_EVENTS, Event, JobRequest, Request, decode_events
+from shared.protocol import TERMINAL_EVENTS, CancellableRequest, Event, Request, decode_events
 
 
 class Exchange:
@@ -74,7 +74,7 @@ class Exchange:
             self._quiet_since = time.monotonic()
         self._send(frame)
         self._unread[request.id] = deque()
-        if isinstance(request, JobRequest):
+        if isinstance(request, CancellableRequest):
             self._jobs.add(request.id)
 
     def next_event(self, request_id: str) -> Event | None:

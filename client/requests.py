@@ -7,6 +7,7 @@ from typing import Literal, TypedDict, Unpack
 
 import msgspec
 
+from shared.embedding_messages import Embed
 from shared.errors import InvalidRequestError
 from shared.messages import (
     MAX_MESSAGE_BYTES,
@@ -92,6 +93,22 @@ def tokenize_request(
     if isinstance(text, str):
         return Tokenize(id=request_id, model=model, prompt=text)
     return Tokenize(id=request_id, model=model, messages=as_messages(text))
+
+
+def embed_request(
+    texts: str | Sequence[str | Sequence[int]],
+    model: str | None,
+    priority: int,
+    request_id: str | None,
+) -> Embed:
+    """Vectors for texts, or for one."""
+    each = [texts] if isinstance(texts, str) else texts
+    return Embed(
+        id=request_id or new_id(),
+        model=model,
+        texts=[text if isinstance(text, str) else list(text) for text in each],
+        priority=priority,
+    )
 
 
 def as_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:

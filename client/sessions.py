@@ -3,12 +3,15 @@
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar, Unpack
 
+from msgspec import UNSET, UnsetType
+
 from client.connection import AsyncConnection, Connection
 from client.requests import SamplingOptions, new_id
 from client.streams import AsyncStream, Stream
 from shared.messages import Kind, SamplingParams
 from shared.protocol import Event, Request
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     DeleteSession,
@@ -19,7 +22,6 @@ from shared.session_messages import (
     ListSessions,
     Redo,
     Regenerate,
-    RenameSession,
     Rollback,
     SearchSessions,
     SelectBranch,
@@ -31,6 +33,7 @@ from shared.session_messages import (
     SessionHits,
     SessionState,
     Undo,
+    WriteStory,
 )
 from shared.session_messages import Sessions as Page
 
@@ -69,7 +72,8 @@ class Sessions:
     """`Client.sessions`: conversations and stories that the server keeps.
 
     Every method may raise what `Client` raises, SessionNotFoundError, SessionBusyError,
-    DatabaseError, and SessionsOffError when the server keeps none.
+    DatabaseError, and SessionsOffError when the server keeps none. While a turn is under way,
+    another one is refused unless it is told to `wait`; then it follows in order of arrival.
     """
 
     def __init__(self, ask: Ask, connection: Callable[[], Connection]) -> None:
@@ -97,7 +101,25 @@ class Sessions:
 
     def rename(self, session: int, title: str) -> SessionState:
         """Give it another title."""
-        return self._ask(RenameSession(id=new_id(), session=session, title=title), SessionState)
+        return self.configure(session, title=title)
+
+    def configure(
+        self,
+        session: int,
+        *,
+        title: str | UnsetType = UNSET,
+        model: str | UnsetType | None = UNSET,
+        system: str | UnsetType | None = UNSET,
+        params: SamplingParams | UnsetType = UNSET,
+    ) -> SessionState:
+        """Change what is set of it, from the next turn on; what is left out stays.
+
+        None: the server's choice of a model, no system prompt.
+        """
+        request = ConfigureSession(
+            id=new_id(), session=session, title=title, model=model, system=system, params=params
+        )
+        return self._ask(request, SessionState)
 
     def delete(self, session: int) -> None:
         """Delete it with all messages."""
@@ -131,17 +153,27 @@ class Sessions:
         """Take an undo back."""
         return self._ask(Redo(id=new_id(), session=session), SessionState)
 
+    def write(self, session: int, text: str) -> SessionState:
+        """Make a story's whole text `text`; what it begins with of the old one stays as it is."""
+        return self._ask(WriteStory(id=new_id(), session=session, text=text), SessionState)
+
     def send(
         self,
         session: int,
         text: str = "",
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Say something and have it answered; in a story, write a piece and have it continued."""
         request = SendTurn(
-            id=new_id(), session=session, text=text, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            text=text,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return Stream(self._connection(), request)
 
@@ -151,11 +183,17 @@ class Sessions:
         message: int | None = None,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Another answer beside `message`, or after it if it is the user's. None: the last one."""
         request = Regenerate(
-            id=new_id(), session=session, message=message, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            message=message,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return Stream(self._connection(), request)
 
@@ -166,6 +204,7 @@ class Sessions:
         text: str,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Put `text` beside one of the user's messages and have it answered."""
@@ -175,15 +214,23 @@ class Sessions:
             message=message,
             text=text,
             stream=stream,
+            wait=wait,
             params=_params(options),
         )
         return Stream(self._connection(), request)
 
     def go_on(
-        self, session: int, *, stream: bool = True, **options: Unpack[SamplingOptions]
+        self,
+        session: int,
+        *,
+        stream: bool = True,
+        wait: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Write on at the last answer, which was cut short; the stream has only what is new."""
-        request = ContinueTurn(id=new_id(), session=session, stream=stream, params=_params(options))
+        request = ContinueTurn(
+            id=new_id(), session=session, stream=stream, wait=wait, params=_params(options)
+        )
         return Stream(self._connection(), request)
 
 
@@ -218,9 +265,25 @@ class AsyncSessions:
 
     async def rename(self, session: int, title: str) -> SessionState:
         """Give it another title."""
-        return await self._ask(
-            RenameSession(id=new_id(), session=session, title=title), SessionState
+        return await self.configure(session, title=title)
+
+    async def configure(
+        self,
+        session: int,
+        *,
+        title: str | UnsetType = UNSET,
+        model: str | UnsetType | None = UNSET,
+        system: str | UnsetType | None = UNSET,
+        params: SamplingParams | UnsetType = UNSET,
+    ) -> SessionState:
+        """Change what is set of it, from the next turn on; what is left out stays.
+
+        None: the server's choice of a model, no system prompt.
+        """
+        request = ConfigureSession(
+            id=new_id(), session=session, title=title, model=model, system=system, params=params
         )
+        return await self._ask(request, SessionState)
 
     async def delete(self, session: int) -> None:
         """Delete it with all messages."""
@@ -260,17 +323,27 @@ class AsyncSessions:
         """Take an undo back."""
         return await self._ask(Redo(id=new_id(), session=session), SessionState)
 
+    async def write(self, session: int, text: str) -> SessionState:
+        """Make a story's whole text `text`; what it begins with of the old one stays as it is."""
+        return await self._ask(WriteStory(id=new_id(), session=session, text=text), SessionState)
+
     def send(
         self,
         session: int,
         text: str = "",
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Say something and have it answered; in a story, write a piece and have it continued."""
         request = SendTurn(
-            id=new_id(), session=session, text=text, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            text=text,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return AsyncStream(self._connection(), request)
 
@@ -280,11 +353,17 @@ class AsyncSessions:
         message: int | None = None,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Another answer beside `message`, or after it if it is the user's. None: the last one."""
         request = Regenerate(
-            id=new_id(), session=session, message=message, stream=stream, params=_params(options)
+            id=new_id(),
+            session=session,
+            message=message,
+            stream=stream,
+            wait=wait,
+            params=_params(options),
         )
         return AsyncStream(self._connection(), request)
 
@@ -295,6 +374,7 @@ class AsyncSessions:
         text: str,
         *,
         stream: bool = True,
+        wait: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Put `text` beside one of the user's messages and have it answered."""
@@ -304,13 +384,21 @@ class AsyncSessions:
             message=message,
             text=text,
             stream=stream,
+            wait=wait,
             params=_params(options),
         )
         return AsyncStream(self._connection(), request)
 
     def go_on(
-        self, session: int, *, stream: bool = True, **options: Unpack[SamplingOptions]
+        self,
+        session: int,
+        *,
+        stream: bool = True,
+        wait: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Write on at the last answer, which was cut short; the stream has only what is new."""
-        request = ContinueTurn(id=new_id(), session=session, stream=stream, params=_params(options))
+        request = ContinueTurn(
+            id=new_id(), session=session, stream=stream, wait=wait, params=_params(options)
+        )
         return AsyncStream(self._connection(), request)

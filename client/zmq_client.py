@@ -23,6 +23,7 @@ from client.requests import (
     LoadOptions,
     SamplingOptions,
     chat_request,
+    embed_request,
     load_request,
     new_id,
     story_request,
@@ -30,6 +31,7 @@ from client.requests import (
 )
 from client.sessions import AsyncSessions, Sessions
 from client.streams import AsyncStream, Stream
+from shared.embedding_messages import Embeddings
 from shared.errors import ConnectionLostError
 from shared.messages import (
     Detokenize,
@@ -43,6 +45,7 @@ from shared.messages import (
     ModelInfo,
     ModelReady,
     Models,
+    Progress,
     Status,
     Text,
     Tokens,
@@ -179,6 +182,29 @@ class Client(_BaseClient[Connection]):
         """The text of tokens, special ones included."""
         request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
         return self.ask(request, Text).text
+
+    def embed(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        model: str | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Embeddings:
+        """A vector of length 1 for each text: the mean of the model's last hidden states over it.
+
+        texts: one, or several; each a string, or its token ids, which are taken as they are. The mean
+        of a decoder's states, not what a trained embedding model gives. Whatever ends the wait early cancels it.
+        """
+        request = embed_request(texts, model, priority, request_id)
+        connection = self._connection()
+        connection.exchange.open(request)
+        try:
+            while isinstance(event := connection.next_event(request.id), Progress):
+                pass
+            return expect(event, Embeddings)
+        finally:
+            connection.exchange.close(request.id)
 
     def models(self) -> list[ModelInfo]:
         """What is loaded."""
@@ -321,6 +347,29 @@ class AsyncClient(_BaseClient[AsyncConnection]):
         """The text of tokens, special ones included."""
         request = Detokenize(id=request_id or new_id(), model=model, token_ids=list(token_ids))
         return (await self.ask(request, Text)).text
+
+    async def embed(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        model: str | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Embeddings:
+        """A vector of length 1 for each text: the mean of the model's last hidden states over it.
+
+        texts: one, or several; each a string, or its token ids, which are taken as they are. The mean
+        of a decoder's states, not what a trained embedding model gives. Whatever ends the wait early cancels it.
+        """
+        request = embed_request(texts, model, priority, request_id)
+        connection = self._connection()
+        connection.exchange.open(request)
+        try:
+            while isinstance(event := await connection.next_event(request.id), Progress):
+                pass
+            return expect(event, Embeddings)
+        finally:
+            connection.exchange.close(request.id)
 
     async def models(self) -> list[ModelInfo]:
         """What is loaded."""

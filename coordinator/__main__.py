@@ -7,7 +7,7 @@ from contextlib import closing
 
 from coordinator.gateway_process import listen
 from coordinator.supervisor import Supervisor
-from shared.config import argument_parser, load_settings
+from shared.config import AUTO_WORKERS, argument_parser, load_settings
 from shared.errors import ConfigError, MemoryPlanError, ModelError, TpserveError
 
 EXIT_FAILED = 1
@@ -23,13 +23,18 @@ def main() -> int:
         if "print_config" in flags:
             print(sourced.describe())
             return 0
-        settings = sourced.settings
         logging.basicConfig(
-            level=settings.log_level.upper(),
+            level=sourced.settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it names all of its plugins
         listener = listen(sourced, os.environ)
+        settings = sourced.settings
+        if settings.workers == AUTO_WORKERS:
+            # Before the fork server is busy: that would disturb what is measured.
+            from coordinator.choose import settle
+
+            settings = settle(sourced)
         with closing(Supervisor(settings.log_level)) as supervisor:
             # Takes a second to import, while the fork server imports torch.
             from coordinator.server import serve

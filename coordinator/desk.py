@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from coordinator.embedding import normalised
 from coordinator.followers import Followers
 from coordinator.frontend import Frontend, failed
 from coordinator.intake import Intake, Order, test_job
@@ -17,6 +18,7 @@ from coordinator.metrics import Metrics
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
 from shared.config import Settings
+from shared.embedding_messages import Embed
 from shared.errors import (
     InvalidRequestError,
     JobNotFoundError,
@@ -92,7 +94,7 @@ class Desk:
         for client, request in self._frontend.requests():
             try:
                 match request:
-                    case Generate() | Tokenize() | Detokenize():
+                    case Generate() | Tokenize() | Detokenize() | Embed():
                         self._submit(client, request)
                     case Cancel():
                         self._cancel(client, request)
@@ -178,7 +180,7 @@ class Desk:
         if job.client is not _NOBODY:
             self._metrics.totals.prompt_tokens += job.prompt_tokens
         self._stream(job, Started(id=job.id, model=job.model, prompt_tokens=job.prompt_tokens))
-        for sequence in job.sequences if job.request.params.echo else ():
+        for sequence in job.sequences if job.echoes else ():
             if job.client is STORED:
                 self.followers.pass_on_tokens(job.id, sequence)
                 continue
@@ -199,7 +201,7 @@ class Desk:
         text, used, details = "", 0, []
         for token in tokens:
             if token < 0:
-                self._fail(job, TpserveError("the model computed values that are not numbers"))
+                self._fail(job, _not_numbers())
                 return
             text += sequence.append(token)
             if logprobs and (found := logprobs[used]) is not None:
@@ -211,7 +213,7 @@ class Desk:
         sequence.logprobs += details
         if job.client is STORED:
             self.followers.pass_on_tokens(job.id, sequence)
-        elif job.request.stream:
+        elif job.streams:
             event = Token(
                 id=job.id,
                 text=text,
@@ -222,6 +224,17 @@ class Desk:
             self.publish(job.client, event)
         if sequence.finish_reason is not None:
             self._finish(job, sequence)
+
+    def embedded(self, sequence: Sequence, mean: bytes) -> None:
+        """The mean of a text's hidden states has come: [hidden] float32."""
+        job = self._jobs[sequence.job_key]
+        vector = normalised(mean)
+        if vector is None:
+            self._fail(job, _not_numbers())
+            return
+        sequence.embedding = vector
+        self._metrics.totals.texts_embedded += 1
+        self._finish(job, sequence)
 
     def test_pending(self, model: str | None = None) -> bool:
         """Whether a test job, of this model or of any, is still under way."""
@@ -314,7 +327,7 @@ class Desk:
 
     def _stream(self, job: Job, event: Event) -> None:
         """Send an event that only streaming clients want."""
-        if job.request.stream:
+        if job.streams:
             self.publish(job.client, event)
 
     def _drop(self, client: bytes, gone: bool) -> None:
@@ -359,7 +372,10 @@ class Desk:
         if not job.finished:
             return
         del self._jobs[job.key]
-        if job.client is not _NOBODY:
+        if isinstance(job.request, Embed):
+            self._metrics.job_done(None)
+            self._last_event(job.client, job.embeddings(), job)
+        elif job.client is not _NOBODY:
             done = job.done()
             self._metrics.job_done(done.timings)
             self._last_event(job.client, done, job)
@@ -381,3 +397,7 @@ class Desk:
         for sequence in job.sequences:
             if not sequence.finished:
                 model.scheduler.end(sequence)
+
+
+def _not_numbers() -> TpserveError:
+    return TpserveError("the model computed values that are not numbers")

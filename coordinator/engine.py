@@ -45,6 +45,7 @@ class SentStep:
     step: int
     model: ServedModel
     sampled: list[Sequence]
+    embedded: list[Sequence]
     passes: int
     sent_at: float
     decodes: bool
@@ -116,6 +117,7 @@ class Engine:
             planned = clock()
             self._desk.report_progress()
             self._model_desk.report_progress()
+            self._sessions.report_progress()
             self._desk.flush()
             totals.wait_s += woken - resting
             totals.plan_s += planned - planning
@@ -190,7 +192,10 @@ class Engine:
             for job in planned.started:
                 self._desk.started(job)
             self._sent.append(
-                SentStep(self._step, model, planned.sampled, planned.passes, now, decodes)
+                SentStep(
+                    *(self._step, model, planned.sampled, planned.embedded),
+                    *(planned.passes, now, decodes),
+                )
             )
             self.cluster.send_plan(
                 StepPlan(
@@ -234,6 +239,9 @@ class Engine:
         for row, sequence in enumerate(sent.sampled):
             if not sequence.finished:  # else it ended while this step was under way
                 self._desk.sampled(sequence, result.tokens[row::rows], result.logprobs[row::rows])
+        for sequence, mean in zip(sent.embedded, result.means, strict=True):
+            if not sequence.finished:
+                self._desk.embedded(sequence, mean)
         if not self.ready and not self._desk.test_pending():
             for problem in self._desk.test_problems.values():
                 raise problem
@@ -299,6 +307,7 @@ class Engine:
         if self._stop_requested:
             return  # whoever stops the server may have stopped the workers too
         log.error("%s", error.message)
+        self._log_steps_under_way()
         self._give_up_steps(error)
         self._model_desk.workers_lost(error)
         self._desk.flush()
@@ -312,6 +321,19 @@ class Engine:
             raise error
         self._restarts.append(now)
         self.cluster.start()
+
+    def _log_steps_under_way(self) -> None:
+        """Workers know steps, clients know request ids: here they come together."""
+        for sent in self._sent:
+            assert sent.model.scheduler is not None, "it has steps"
+            jobs = dict.fromkeys(s.job_key[1] for s in sent.model.scheduler.running)
+            log.error(
+                "epoch %d, step %d of %s was under way, with jobs %s",
+                self.cluster.epoch,
+                sent.step,
+                sent.model.name,
+                ", ".join(jobs) or "none",
+            )
 
     def _give_up_steps(self, error: TpserveError) -> None:
         """No job survives, and what the workers still compute is of no interest."""

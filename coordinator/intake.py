@@ -17,6 +17,7 @@ from coordinator.job import Job
 from coordinator.sequence import Sequence
 from coordinator.served_model import ServedModel
 from coordinator.text import StopStrings
+from shared.embedding_messages import Embed
 from shared.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -27,7 +28,7 @@ from shared.errors import (
 from shared.messages import Detokenize, Generate, SamplingParams, Text, Tokenize, Tokens
 from shared.worker_messages import Sampling
 
-Order = Generate | Tokenize | Detokenize
+Order = Generate | Tokenize | Detokenize | Embed
 """What needs a tokenizer."""
 
 
@@ -63,7 +64,7 @@ class Intake:
             yield self._finished.popleft()
 
     def _find(self, request: Order) -> ServedModel:
-        chat = not isinstance(request, Detokenize) and request.messages is not None
+        chat = isinstance(request, Generate | Tokenize) and request.messages is not None
         kind = "chat" if chat else "story"
         ready = [name for name, model in self._models.items() if model.state == "ready"]
         name = request.model or (kind if kind in ready else next(iter(ready), ""))
@@ -82,6 +83,8 @@ class Intake:
                 match request:
                     case Generate():
                         outcome = prepare(client, request, model)
+                    case Embed():
+                        outcome = prepare_embedding(client, request, model)
                     case Tokenize():
                         outcome = tokenize(request, model)
                     case Detokenize():
@@ -133,6 +136,30 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
         sequence.sampling = resolve(params, model, seed + index, len(tokens), sequence.end_ids)
         if params.echo:
             sequence.text = request.prompt or ""
+        job.sequences.append(sequence)
+    return job
+
+
+def prepare_embedding(client: bytes, request: Embed, model: ServedModel) -> Job:
+    """Tokenise and check the texts. Raises ContextLengthError, InvalidRequestError."""
+    job = Job(client, request, model.name, [])
+    for index, text in enumerate(request.texts):
+        if not text:
+            raise InvalidRequestError(
+                f"text {index} (counted from 0) is empty: there is nothing to embed, leave it out"
+            )
+        if isinstance(text, str):
+            tokens = model.text.encode_story(text)
+        else:
+            _check_ids(f"text {index} (counted from 0)", text, model.config.vocab_size)
+            tokens = text
+        if len(tokens) > model.max_model_len:
+            raise ContextLengthError(
+                f"text {index} (counted from 0) has {len(tokens)} tokens; model {model.name!r} "
+                f"holds {model.max_model_len}: shorten it, or cut it into several texts"
+            )
+        sequence = new_sequence(model, tokens, 1, job.key)
+        sequence.index, sequence.pooled = index, True
         job.sequences.append(sequence)
     return job
 

@@ -2,9 +2,13 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from coordinator.sequence import Sequence
+from shared.embedding_messages import Embed, Embeddings
 from shared.messages import Cancelled, Done, Generate, Partial, Timings, Usage
+
+JobKind = Literal["story", "chat", "embedding"]
 
 
 @dataclass(eq=False)
@@ -13,10 +17,11 @@ class Job:
 
     client: bytes
     """Routing id of the client's connection."""
-    request: Generate
+    request: Generate | Embed
     model: str
     sequences: list[Sequence]
-    """All have the same prompt; the first one reads it, the others share its KV blocks."""
+    """Answers have the same prompt: the first one reads it, the others share its KV blocks. Of an
+    embedding each is a text of its own."""
 
     queued_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0
@@ -32,8 +37,25 @@ class Job:
         return self.client, self.request.id
 
     @property
+    def kind(self) -> JobKind:
+        """What it waits in line with."""
+        return "embedding" if isinstance(self.request, Embed) else self.request.kind
+
+    @property
+    def streams(self) -> bool:
+        """Whether its client wants to hear of it before it ends."""
+        return isinstance(self.request, Generate) and self.request.stream
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the text begins with the prompt."""
+        return isinstance(self.request, Generate) and self.request.params.echo
+
+    @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt."""
+        """Length of the prompt, or of all texts."""
+        if isinstance(self.request, Embed):
+            return sum(sequence.prompt_tokens for sequence in self.sequences)
         return self.sequences[0].prompt_tokens
 
     @property
@@ -43,12 +65,12 @@ class Job:
 
     def quiet(self, since: float) -> bool:
         """Whether a started job has sent its client nothing since then."""
-        return not self.request.stream or all(
+        return not self.streams or all(
             sequence.last_token_at < since for sequence in self.sequences
         )
 
     def done(self) -> Done:
-        """The event that ends a job well."""
+        """The event that ends a job of answers well."""
         return Done(
             id=self.id,
             choices=[sequence.choice() for sequence in self.sequences],
@@ -57,10 +79,21 @@ class Job:
             timings=self._timings(),
         )
 
+    def embeddings(self) -> Embeddings:
+        """The event that ends a job of texts well."""
+        return Embeddings(
+            id=self.id,
+            model=self.model,
+            vectors=[sequence.embedding for sequence in self.sequences],
+            token_counts=[sequence.prompt_tokens for sequence in self.sequences],
+        )
+
     def cancelled(self) -> Cancelled:
         """The event that ends a job which was cancelled."""
+        if isinstance(self.request, Embed) or not self.started_at:
+            return Cancelled(id=self.id)
         partial = [Partial(s.text, s.tokens[s.prompt_tokens :]) for s in self.sequences]
-        return Cancelled(id=self.id, partial=partial if self.started_at else [])
+        return Cancelled(id=self.id, partial=partial)
 
     def _usage(self) -> Usage:
         new = sum(sequence.new_tokens for sequence in self.sequences)

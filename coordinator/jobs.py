@@ -1,29 +1,29 @@
 """The queue of jobs that wait to start, and in which order they do.
 
-A lower priority number goes first. Within it the two kinds take turns by weight, within a kind the
+A lower priority number goes first. Within it the kinds take turns by weight, within a kind the
 clients take turns, and a client's jobs of a kind start in the order in which they came. So neither
 many stories nor one busy client keep the others waiting.
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
-from coordinator.job import Job
+from coordinator.job import Job, JobKind
 from shared.errors import QueueFullError
-from shared.messages import Kind
 
-KINDS: tuple[Kind, ...] = ("story", "chat")
+KINDS: tuple[JobKind, ...] = get_args(JobKind)
 
 
 class JobQueue:
     """Waiting jobs of one model."""
 
-    def __init__(self, weights: Mapping[Kind, int]) -> None:
+    def __init__(self, weights: Mapping[JobKind, int]) -> None:
         """`weights`: how many jobs of each kind start in one round."""
         self._weights = dict(weights)
         self._credit = dict.fromkeys(KINDS, 0)
         # priority -> kind -> client -> jobs; empty ones are removed.
-        self._waiting: dict[int, dict[Kind, dict[bytes, deque[Job]]]] = {}
+        self._waiting: dict[int, dict[JobKind, dict[bytes, deque[Job]]]] = {}
         self._count = dict.fromkeys(KINDS, 0)
         self.tokens = 0
         """Prompt tokens of all waiting jobs."""
@@ -32,14 +32,14 @@ class JobQueue:
     def __len__(self) -> int:
         return sum(self._count.values())
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: JobKind) -> int:
         """Waiting jobs of one kind."""
         return self._count[kind]
 
     def add(self, job: Job) -> int:
         """Queue a job; how many of its kind stand before it."""
         kinds = self._waiting.setdefault(job.request.priority, {})
-        clients = kinds.setdefault(job.request.kind, {})
+        clients = kinds.setdefault(job.kind, {})
         clients.setdefault(job.client, deque()).append(job)
         self._account(job, 1)
         return next(position for other, position in self.positions() if other is job)
@@ -71,12 +71,12 @@ class JobQueue:
     def remove(self, job: Job) -> None:
         """Take out a job, wherever it stands."""
         kinds = self._waiting[job.request.priority]
-        clients = kinds[job.request.kind]
+        clients = kinds[job.kind]
         clients[job.client].remove(job)
         if not clients[job.client]:
             del clients[job.client]
         if not clients:
-            del kinds[job.request.kind]
+            del kinds[job.kind]
         if not kinds:
             del self._waiting[job.request.priority]
         self._account(job, -1)
@@ -92,11 +92,11 @@ class JobQueue:
                             yield jobs[turn], before[kind]
                             before[kind] += 1
 
-    def _kind_to_serve(self, kinds: Mapping[Kind, object]) -> Kind:
+    def _kind_to_serve(self, kinds: Mapping[JobKind, object]) -> JobKind:
         return max(kinds, key=lambda kind: self._credit[kind] + self._weights[kind])
 
     def _account(self, job: Job, sign: int) -> None:
-        self._count[job.request.kind] += sign
+        self._count[job.kind] += sign
         self.tokens += sign * job.prompt_tokens
         self._next = None
 

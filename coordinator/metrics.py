@@ -27,10 +27,11 @@ class Metrics:
         self._timings: deque[Timings] = deque(maxlen=_LAST_JOBS)
         self._finished_at: deque[float] = deque(maxlen=64)
 
-    def job_done(self, timings: Timings) -> None:
-        """A job ended well."""
+    def job_done(self, timings: Timings | None) -> None:
+        """A job ended well; timings: of one that generates."""
         self.totals.jobs_done += 1
-        self._timings.append(timings)
+        if timings is not None:
+            self._timings.append(timings)
         self._finished_at.append(time.monotonic())
 
     def retry_after_s(self) -> float:

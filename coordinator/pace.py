@@ -10,6 +10,11 @@ _SHARE = 0.1
 """Weight of the latest measurement."""
 
 
+def passes_of(step_s: float, most: int) -> int:
+    """Decode steps that one plan may have where a step takes so long."""
+    return max(1, min(most, round(_WORTH_S / step_s)))
+
+
 class Pace:
     """Time of one model's decode steps, and what follows from it."""
 
@@ -20,7 +25,7 @@ class Pace:
     @property
     def passes(self) -> int:
         """Decode steps that the next plan may have."""
-        return max(1, min(self._most, round(_WORTH_S / self._step_s)))
+        return passes_of(self._step_s, self._most)
 
     def took(self, seconds: float, passes: int) -> None:
         """A plan of so many decode steps kept the workers so long."""

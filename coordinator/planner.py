@@ -88,6 +88,20 @@ def plan_memory(config: ModelConfig, on_workers: ModelOnWorkers, settings: Setti
     )
 
 
+def needed_bytes(config: ModelConfig, settings: Settings, workers: int, dtype: Precision) -> int:
+    """What all processes of that many workers take, with the context that the settings allow."""
+    length = min(settings.max_model_len or config.max_positions, config.max_positions)
+    on_workers = ModelOnWorkers(
+        name="",
+        path=Path(),
+        dtype=dtype,
+        kv_dtype=kv_precision(settings.kv_dtype, dtype),
+        max_model_len=length,
+    )
+    chosen = msgspec.structs.replace(settings, workers=workers)
+    return sum(_needs([plan_memory(config, on_workers, chosen)], starting=True))
+
+
 def check_fits(plans: Sequence[MemoryPlan], starting: bool = False) -> None:
     """Raises MemoryPlanError, saying what would fit, when the plans together do not.
 
@@ -164,6 +178,11 @@ def _would_fit(
 
 
 def _weights(shards: ModelShards, owned: range, dtype: Precision) -> int:
+    return sum(layer_and_head_bytes(shards, owned, dtype))
+
+
+def layer_and_head_bytes(shards: ModelShards, owned: range, dtype: Precision) -> tuple[int, int]:
+    """Weights of all layers together, and of the logits, on the worker that has `owned`."""
     config = shards.config
     each = [range(v, v + 1) for v in owned]
     head = _filled(config.head_dim, _ROWS)
@@ -179,7 +198,7 @@ def _weights(shards: ModelShards, owned: range, dtype: Precision) -> int:
     # Logits of int4 models are computed in int8: see worker/ops/native.py.
     of_head: Precision = "int8" if dtype == "int4" else dtype
     vocabulary = _matrix(len(shards.vocab_rows(owned)), hidden, of_head)
-    return config.num_layers * layer + vocabulary
+    return config.num_layers * layer, vocabulary
 
 
 def _matrix(rows: int, columns: Sequence[int], dtype: Precision) -> int:
@@ -189,9 +208,14 @@ def _matrix(rows: int, columns: Sequence[int], dtype: Precision) -> int:
 
 
 def _kv_block(shards: ModelShards, owned: range, kv_dtype: str) -> int:
+    return BLOCK_TOKENS * kv_token_bytes(shards, owned, kv_dtype)
+
+
+def kv_token_bytes(shards: ModelShards, owned: range, kv_dtype: str) -> int:
+    """Keys and values of a token, in all layers, on the worker that has `owned`."""
     config = shards.config
     row = _filled(config.head_dim, _ROWS) * _KV_BYTES[kv_dtype] + _KV_SCALE_BYTES.get(kv_dtype, 0)
-    return 2 * config.num_layers * len(shards.kv_heads(owned)) * BLOCK_TOKENS * row
+    return 2 * config.num_layers * len(shards.kv_heads(owned)) * row
 
 
 def _work(shards: ModelShards, owned: range, positions: int, settings: Settings) -> int:

@@ -25,6 +25,8 @@ class PlannedStep:
     copies: list[BlockCopy]
     """To be made before the step."""
     sampled: list[Sequence]
+    embedded: list[Sequence]
+    """Whose mean hidden states come back, in order."""
     started: list[Job]
     """Jobs that run for the first time."""
     passes: int
@@ -40,6 +42,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self._returning: deque[Sequence] = deque()
         """Preempted ones, oldest first, and answers of started jobs that wait for the prompt's KV."""
+        self._texts: deque[Sequence] = deque()
+        """Of started embedding jobs, which take turns with jobs that have not started."""
+        self._text_is_next = False
         self._copies: list[BlockCopy] = []
         self._free_slots = list(range(slots))
         self._max_batched_tokens = max_batched_tokens
@@ -84,11 +89,13 @@ class Scheduler:
             if waiting is None or count == 0:
                 break
             if job is None:
-                self._returning.remove(waiting)
+                self._wait_no_more(waiting)
             else:
                 self.queue.pop()
-                self._returning.extend(job.sequences[1:])
+                others = self._texts if waiting.pooled else self._returning
+                others.extend(job.sequences[1:])
                 started.append(job)
+            self._text_is_next = job is not None
             readers.add(waiting)  # what it reads is in the cache from the next step on
             chunks.append((waiting, count))
             steps.append(self._step(waiting, count))  # at once: the next one may share its blocks
@@ -96,8 +103,10 @@ class Scheduler:
         if not steps:
             return None
         copies, self._copies = self._copies, []
-        sampled = [s for (s, _), step in zip(chunks, steps, strict=True) if step.sampling]
-        return PlannedStep(steps, copies, sampled, started, passes)
+        planned = [(s, step) for (s, _), step in zip(chunks, steps, strict=True)]
+        sampled = [s for s, step in planned if step.sampling]
+        embedded = [s for s, step in planned if step.mean_is_due]
+        return PlannedStep(steps, copies, sampled, embedded, started, passes)
 
     def end(self, sequence: Sequence) -> None:
         """A sequence of a started job is done, failed or cancelled: give back all it holds."""
@@ -106,11 +115,15 @@ class Scheduler:
             self.running.remove(sequence)
             self._give_back(sequence)
         else:
-            self._returning.remove(sequence)
+            self._wait_no_more(sequence)
+
+    def _wait_no_more(self, sequence: Sequence) -> None:
+        """Take out a waiting sequence of a started job."""
+        (self._texts if sequence in self._texts else self._returning).remove(sequence)
 
     def _passes(self, wanted: list[tuple[int, Sequence]], most: int) -> int:
         """How many passes the next step has; those who wait to start or read should not wait longer."""
-        newcomers = self._returning or self.queue.peek() is not None
+        newcomers = self._returning or self._texts or self.queue.peek() is not None
         if most == 1 or not wanted or (newcomers and self._free_slots):
             return 1
         if len(wanted) > self._max_batched_tokens or any(pending > 1 for pending, _ in wanted):
@@ -128,7 +141,11 @@ class Scheduler:
             # Its last token must be known before its history can be computed again.
             if sequence.in_flight == 0 and sequence.leader not in readers:
                 return sequence, None
-        job = None if self._returning else self.queue.peek()
+        if self._returning:
+            return None, None
+        job = self.queue.peek()
+        if self._texts and (self._text_is_next or job is None):
+            return self._texts[0], None
         return (job.sequences[0], job) if job is not None else (None, None)
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
@@ -137,7 +154,8 @@ class Scheduler:
         count = min(len(sequence.tokens) - cached, budget)
         # Room for the whole prompt is asked for, though only the first chunk's is taken; and for
         # the copy of a found block that will be written to.
-        whole = len(sequence.tokens) // BLOCK_TOKENS + 1 - len(found)
+        positions = len(sequence.tokens) + (not sequence.pooled)
+        whole = -(-positions // BLOCK_TOKENS) - len(found)
         whole += cached < len(found) * BLOCK_TOKENS
         if whole + sum(self.pool.is_idle(block) for block in found) > self.pool.available:
             return 0
@@ -165,8 +183,11 @@ class Scheduler:
     def _found_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
         """Blocks that hold the beginning of a sequence, and how many of its tokens they spare.
 
-        At least one token is left to compute, for its logits.
+        At least one token is left to compute, for its logits; of a pooled one all, as the cache has no
+        hidden states.
         """
+        if sequence.pooled:
+            return [], 0
         leader = sequence.leader
         if leader is not None and leader.slot >= 0 and not sequence.new_tokens:
             blocks = leader.blocks[: -(-leader.prompt_tokens // BLOCK_TOKENS)]
@@ -221,10 +242,11 @@ class Scheduler:
             start=start,
             tokens=sequence.tokens[start:end] if known else [],
             blocks=sequence.blocks.tobytes(),
-            sampling=sequence.sampling if samples else None,
+            sampling=sequence.sampling if samples and not sequence.pooled else None,
             history=sequence.history()
             if sequence.fresh_in_slot and sequence.sampling.penalises
             else None,
+            pooled=len(sequence.tokens) if sequence.pooled else 0,
         )
         sequence.fresh_in_slot = False
         sequence.computed = end + passes - 1

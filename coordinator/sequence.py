@@ -32,12 +32,16 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     """Tokens that end it; they have no text."""
     stop_strings: StopStrings | None = None
+    pooled: bool = False
+    """Not continued: the mean of its hidden states is wanted, which counts as its one new token."""
 
     text: str = ""
     """What has been given out."""
     text_ends: list[int] | None = None
     """Length of `text` after each new token, where a reader may come back for the rest; else None."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: bytes = b""
+    """[hidden] float32 little-endian of a pooled sequence that has ended."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     finished: bool = False

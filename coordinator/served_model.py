@@ -97,7 +97,13 @@ def open_model(name: str, path: str, settings: Settings) -> ServedModel:
             kv_dtype=kv_precision(settings.kv_dtype, dtype),
             max_model_len=min(limit, config.max_positions),
         ),
-        queue=JobQueue({"story": settings.story_weight, "chat": settings.chat_weight}),
+        queue=JobQueue(
+            {
+                "story": settings.story_weight,
+                "chat": settings.chat_weight,
+                "embedding": settings.embedding_weight,
+            }
+        ),
         pace=Pace(settings.steps_per_plan),
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from sqlalchemy import (
     CTE,
     ColumnElement,
@@ -30,6 +31,7 @@ from coordinator.tables import leaf_choices, messages, sessions
 from shared.errors import InvalidRequestError, SessionNotFoundError
 from shared.messages import FinishReason, Role, SamplingParams, Timings
 from shared.session_messages import (
+    ConfigureSession,
     CreateSession,
     SessionInfo,
     Sessions,
@@ -106,10 +108,18 @@ class Shelf:
             cursor=f"{more.updated!r}:{more.id}" if more is not None else None,
         )
 
-    def rename(self, session: int, title: str) -> None:
-        """Raises SessionNotFoundError."""
-        self.row(session)
-        self._set(session, title=title)
+    def configure(self, request: ConfigureSession) -> None:
+        """Raises SessionNotFoundError, InvalidRequestError for a story's system prompt."""
+        if self.row(request.session).kind == "story" and isinstance(request.system, str):
+            raise InvalidRequestError("a story has no system prompt")
+        new: dict[str, str | None] = {
+            name: value
+            for name in ("title", "model", "system")
+            if (value := getattr(request, name)) is not UNSET
+        }
+        if request.params is not UNSET:
+            new["params"] = msgspec.json.encode(request.params).decode()
+        self._set(request.session, **new)
 
     def delete(self, session: int) -> None:
         """With all messages. Raises SessionNotFoundError."""
@@ -273,23 +283,28 @@ class Shelf:
             update(messages).where(messages.c.id == parent).values(selected_id=child)
         )
 
-    def restore(self, before: Row[Any]) -> None:
-        """A session's title and selection as they were."""
+    def restore(self, before: Row[Any], title: str) -> None:
+        """A session's selection as it was; its title too, if it is the one that a turn has made."""
+        self.connection.execute(
+            update(sessions)
+            .where(self._is(before.id), sessions.c.title == title)
+            .values(title=before.title)
+        )
         self._set(
             before.id,
-            title=before.title,
             root_id=before.root_id,
             leaf_id=before.leaf_id,
             step=before.step,
         )
 
-    def title_from(self, session: int, text: str) -> None:
-        """Give a session without a title one."""
+    def title_from(self, session: int, text: str) -> str:
+        """Give a session without a title one; what it would be."""
         line = " ".join(text.split())
         short = line if len(line) <= _TITLE_CHARACTERS else line[: _TITLE_CHARACTERS - 1] + "…"
         self.connection.execute(
             update(sessions).where(self._is(session), sessions.c.title == "").values(title=short)
         )
+        return short
 
     def touch(self, session: int, updated: float | None = None) -> None:
         """Note when it was changed; None: now."""

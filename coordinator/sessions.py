@@ -6,6 +6,7 @@ client hears of the end. Belongs to the engine's thread; the database has its ow
 
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,11 +21,13 @@ from coordinator.session_files import export_session, import_session
 from coordinator.session_search import search
 from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Store
+from coordinator.stories import write_story
 from coordinator.turns import BegunTurn
 from shared.errors import SessionBusyError, SessionsOffError, TpserveError
-from shared.messages import Done, Failed
+from shared.messages import Done, Failed, Progress
 from shared.protocol import Event
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     DeleteSession,
@@ -35,7 +38,6 @@ from shared.session_messages import (
     ListSessions,
     Redo,
     Regenerate,
-    RenameSession,
     Rollback,
     SearchSessions,
     SelectBranch,
@@ -46,10 +48,14 @@ from shared.session_messages import (
     TurnRequest,
     TurnStored,
     Undo,
+    WriteStory,
 )
 
 T = TypeVar("T")
 
+_MAX_WAITING_TURNS = 16
+"""Of one session."""
+_REPORT_INTERVAL_S = 1.0
 _CLOSE_TIMEOUT_S = 10.0
 _CLOSE_TICK_S = 0.05
 
@@ -61,7 +67,7 @@ class _Turn:
     client: bytes
     request: TurnRequest
     begun: BegunTurn | None = None
-    """None: the database has yet to store what the user said."""
+    """None: it waits, or the database has yet to store what the user said."""
     ended_early: Event | None = None
     """Its last event, when that came before it had begun."""
 
@@ -79,6 +85,9 @@ class SessionDesk:
         self._store, self._desk = store, desk
         self._turns: dict[tuple[str, int], _Turn] = {}
         """By user and session; the database has yet to say whether it is that user's."""
+        self._waiting: dict[tuple[str, int], deque[_Turn]] = {}
+        """Turns that follow one of `_turns`, in order of arrival; empty ones are removed."""
+        self._next_report = 0.0
 
     @property
     def wake_fd(self) -> int | None:
@@ -97,11 +106,11 @@ class SessionDesk:
         self._store.refuse_if_full()
         match request:
             case SendTurn() | Regenerate() | EditTurn() | ContinueTurn():
-                self._begin(client, request)
+                self._take(client, request)
             case ListSessions() | GetSession() | SearchSessions() | ExportSession():
                 self._ask(client, request, _look_up, reads=True)
             case _:
-                if not isinstance(request, CreateSession | ImportSession | RenameSession):
+                if not isinstance(request, CreateSession | ImportSession | ConfigureSession):
                     self._refuse_if_busy(request.user, request.session)
                 self._ask(client, request, _change)
 
@@ -110,6 +119,17 @@ class SessionDesk:
         if self._store is not None:
             for go_on in self._store.finished():
                 go_on()
+
+    def report_progress(self) -> None:
+        """Once a second tell those whose turn waits for others of its session that all is well."""
+        now = time.monotonic()
+        if now < self._next_report:
+            return
+        self._next_report = now + _REPORT_INTERVAL_S
+        for waiting in self._waiting.values():
+            for before, turn in enumerate(waiting, start=1):
+                event = Progress(id=turn.request.id, position=before, new_tokens=0)
+                self._desk.publish(turn.client, event)
 
     def close(self) -> None:
         """Let what was begun be stored; clients are told. Their jobs have ended."""
@@ -160,10 +180,24 @@ class SessionDesk:
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _begin(self, client: bytes, request: TurnRequest) -> None:
-        self._refuse_if_busy(request.user, request.session)
+    def _take(self, client: bytes, request: TurnRequest) -> None:
+        """Begin a turn, or have it wait."""
         turn = _Turn(client, request)
+        if not request.wait:
+            self._refuse_if_busy(*turn.key)
+        elif len(self._waiting.get(turn.key, ())) >= _MAX_WAITING_TURNS:
+            raise SessionBusyError(
+                f"{_MAX_WAITING_TURNS} turns wait in session {request.session} already, which is "
+                "the limit: wait for the end of one, or cancel it"
+            )
         self._desk.promise(client, request.id, lambda event, job: self._ended(turn, event, job))
+        if turn.key in self._turns:
+            self._waiting.setdefault(turn.key, deque()).append(turn)
+        else:
+            self._begin(turn)
+
+    def _begin(self, turn: _Turn) -> None:
+        request = turn.request
         self._turns[turn.key] = turn
         self._submit(
             request.user,
@@ -175,11 +209,11 @@ class SessionDesk:
         client, request = turn.client, turn.request
         if isinstance(outcome, TpserveError):
             self._desk.withdraw(client, request.id)
-            del self._turns[turn.key]
             if turn.ended_early is None:
                 self._desk.refuse(client, request.id, outcome)
             else:
                 self._desk.publish(client, turn.ended_early)
+            self._go_on_after(turn)
             return
         turn.begun = outcome
         if turn.ended_early is not None:
@@ -193,24 +227,26 @@ class SessionDesk:
     def _ended(self, turn: _Turn, event: Event, job: Job | None) -> None:
         """The job's last event has come: store first, then pass it on."""
         begun = turn.begun
+        if turn in self._waiting.get(turn.key, ()):
+            self._leave(turn)
+            self._desk.publish(turn.client, event)
+            return
         if begun is None:
             turn.ended_early = event
             return
-        answer = _answer(event, job)
+        answers = _answers(event, job)
 
         def store(shelf: Shelf) -> TurnStored:
-            kept, message = begun.user_message, None
-            if answer is not None:
-                message = turns.end(shelf, begun, answer)
-            elif isinstance(event, Failed):
+            said = begun.user_message
+            ids = turns.end(shelf, begun, answers) if answers else []
+            if not answers and isinstance(event, Failed):
                 turns.take_back(shelf, begun)
-                kept = None
-            return TurnStored(id=event.id, session=begun.session, user_message=kept, answer=message)
+                said = None
+            return TurnStored(id=event.id, session=begun.session, user_message=said, answers=ids)
 
         self._submit(turn.request.user, store, lambda outcome: self._stored(turn, event, outcome))
 
     def _stored(self, turn: _Turn, event: Event, outcome: TurnStored | TpserveError) -> None:
-        del self._turns[turn.key]
         if isinstance(outcome, TurnStored):
             self._desk.publish(turn.client, outcome)
             self._desk.publish(turn.client, event)
@@ -218,24 +254,43 @@ class SessionDesk:
             message = f"the answer was not stored: {outcome.message}"
             code = event.code if isinstance(event, Failed) else outcome.code
             self._desk.publish(turn.client, Failed(id=event.id, code=code, message=message))
+        self._go_on_after(turn)
+
+    def _go_on_after(self, ended: _Turn) -> None:
+        """The session's next turn, if one waits, has its turn."""
+        del self._turns[ended.key]
+        if ended.key in self._waiting:
+            turn = self._waiting[ended.key][0]
+            self._leave(turn)
+            self._begin(turn)
+
+    def _leave(self, turn: _Turn) -> None:
+        """A turn waits no more."""
+        waiting = self._waiting[turn.key]
+        waiting.remove(turn)
+        if not waiting:
+            del self._waiting[turn.key]
 
 
-def _answer(event: Event, job: Job | None) -> NewMessage | None:
-    """What there is of a job's answer; None when there is nothing."""
-    if job is None or (not isinstance(event, Done) and not job.sequences[0].text):
-        return None
-    sequence = job.sequences[0]
+def _answers(event: Event, job: Job | None) -> list[NewMessage]:
+    """What there is of a job's answers, in order of index."""
+    if job is None:
+        return []
     done = event if isinstance(event, Done) else None
-    return NewMessage(
-        role="assistant",
-        content=sequence.text,
-        prompt_tokens=job.prompt_tokens,
-        completion_tokens=sequence.new_tokens,
-        timings=done.timings if done is not None else None,
-        model=job.model,
-        finish_reason=done.finish_reason if done is not None else None,
-        partial=done is None,
-    )
+    return [
+        NewMessage(
+            role="assistant",
+            content=sequence.text,
+            prompt_tokens=job.prompt_tokens,
+            completion_tokens=sequence.new_tokens,
+            timings=done.timings if done is not None else None,
+            model=job.model,
+            finish_reason=sequence.finish_reason,
+            partial=sequence.finish_reason is None,
+        )
+        for sequence in job.sequences
+        if sequence.text or sequence.finish_reason is not None
+    ]
 
 
 def _look_up(shelf: Shelf, request: SessionRequest) -> Event:
@@ -260,8 +315,8 @@ def _change(shelf: Shelf, request: SessionRequest) -> Event:
         case DeleteSession():
             shelf.delete(request.session)
             return SessionGone(id=request.id, session=request.session)
-        case RenameSession():
-            shelf.rename(request.session, request.title)
+        case ConfigureSession():
+            shelf.configure(request)
         case Rollback():
             shelf.rollback(request.session, request.message)
         case SelectBranch():
@@ -270,6 +325,8 @@ def _change(shelf: Shelf, request: SessionRequest) -> Event:
             shelf.undo(request.session, 1)
         case Redo():
             shelf.undo(request.session, -1)
+        case WriteStory():
+            write_story(shelf, request)
         case _:
             raise AssertionError(f"{request} is a turn or changes nothing")
     return shelf.state(request.id, request.session)

@@ -1,13 +1,14 @@
 """What a turn of a session does in the database: before its job, and after it.
 
-Between the two nothing is held open. `begin` stores what the user said, `end` the answer, and
+Between the two nothing is held open. `begin` stores what the user said, `end` the answers, and
 `take_back` undoes `begin` for a job that was refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from sqlalchemy import Row
 
 from coordinator.session_tree import NewMessage, Shelf, params_of
@@ -30,6 +31,8 @@ class BegunTurn:
     job: Generate
     before: Row[Any]
     """The session as it was."""
+    title: str = ""
+    """That the turn has made for it, if it had none."""
     selected: Mapping[int, int | None] = field(default_factory=dict)
     """Messages after which another child was selected, and that child."""
 
@@ -68,16 +71,17 @@ def begin(shelf: Shelf, request: TurnRequest) -> BegunTurn:
             return _begun_to_continue(shelf, request, row)
 
 
-def end(shelf: Shelf, turn: BegunTurn, answer: NewMessage) -> int:
-    """Store the answer and select it; its id."""
+def end(shelf: Shelf, turn: BegunTurn, answers: Sequence[NewMessage]) -> list[int]:
+    """Store the answers, one at least, and select the first; their ids."""
     if turn.continues is not None:
+        (answer,) = answers
         shelf.write_on(turn.session, turn.continues, answer)
         shelf.touch(turn.session)
-        return turn.continues
-    message = shelf.add(turn.session, turn.parent, answer)
+        return [turn.continues]
+    ids = [shelf.add(turn.session, turn.parent, answer) for answer in answers]
     # What the user said and its answer are one step of undo.
-    shelf.choose(turn.session, message, as_step=turn.user_message is None)
-    return message
+    shelf.choose(turn.session, ids[0], as_step=turn.user_message is None)
+    return ids
 
 
 def take_back(shelf: Shelf, turn: BegunTurn) -> None:
@@ -87,7 +91,7 @@ def take_back(shelf: Shelf, turn: BegunTurn) -> None:
     shelf.forget_steps(turn.session, turn.before.step + 1)
     for parent, child in turn.selected.items():
         shelf.select_child(parent, child)
-    shelf.restore(turn.before)
+    shelf.restore(turn.before, turn.title)
     shelf.remove_last(turn.session, turn.user_message)
 
 
@@ -96,7 +100,6 @@ def _with_user_message(
 ) -> BegunTurn:
     message = shelf.add(row.id, above, NewMessage(role="user", content=text))
     selected = shelf.choose(row.id, message)
-    shelf.title_from(row.id, text)
     return BegunTurn(
         session=row.id,
         parent=message,
@@ -104,6 +107,7 @@ def _with_user_message(
         continues=None,
         job=_job(shelf, request, row, message),
         before=row,
+        title=shelf.title_from(row.id, text),
         selected=selected,
     )
 
@@ -148,13 +152,16 @@ def _job(shelf: Shelf, request: TurnRequest, row: Row[Any], last: int | None) ->
     if row.kind == "chat":
         system = [Message("system", row.system)] if row.system is not None else []
         conversation = [*system, *(Message(m.role, m.content) for m in path)]
+    params = params_of(row) if request.params is None else request.params
+    if isinstance(request, ContinueTurn):
+        params = msgspec.structs.replace(params, n=1)
     return Generate(
         id=request.id,
         kind=row.kind,
         model=row.model,
         prompt="".join(m.content for m in path) if conversation is None else None,
         messages=conversation,
-        params=params_of(row) if request.params is None else request.params,
+        params=params,
         stream=request.stream,
         priority=request.priority,
         continue_last=isinstance(request, ContinueTurn) and conversation is not None,

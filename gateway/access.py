@@ -4,7 +4,7 @@ ASGI layers around the application; each lets a request through or answers it it
 """
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -14,7 +14,7 @@ from gateway.errors import ForbiddenOriginError, InvalidKeyError, error_response
 from gateway.keys import Keys
 from shared.errors import TpserveError
 
-WITHOUT_KEY = ("/health/live", "/health/ready")
+HEALTH_PATHS = ("/health/live", "/health/ready")
 
 
 class OriginGuard:
@@ -65,14 +65,14 @@ class OriginGuard:
 
 
 class KeyGuard:
-    """Refuses requests without a key, but for the health of the server."""
+    """Refuses requests without a key, but for paths that are open to all."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Set[str]) -> None:
+        self._app, self._keys, self._open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
-        if scope["type"] == "http" and self._keys and scope["path"] not in WITHOUT_KEY:
+        if scope["type"] == "http" and self._keys and scope["path"] not in self._open_paths:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             name = self._keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
             if name is None:
@@ -80,5 +80,5 @@ class KeyGuard:
                 error = InvalidKeyError(f"the API key {problem}: send Authorization: Bearer KEY")
                 await error_response(error)(scope, receive, send)
                 return
-            scope["state"]["log_fields"]["key"] = name
+            scope["state"]["user"] = scope["state"]["log_fields"]["key"] = name
         await self._app(scope, receive, send)

@@ -11,16 +11,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from client.zmq_client import AsyncClient
-from gateway.access import KeyGuard, OriginGuard
+from gateway.access import HEALTH_PATHS, KeyGuard, OriginGuard
 from gateway.context import Gateway
+from gateway.embedding_routes import embedding_routes
 from gateway.errors import MethodError, NoRouteError, error_response
+from gateway.job_routes import job_routes
 from gateway.keys import Keys
 from gateway.logs import RequestLog
 from gateway.metrics import Metrics
 from gateway.openai_routes import openai_routes
-from gateway.operator_routes import health_routes, model_routes
+from gateway.openapi import document
+from gateway.operator_routes import VERSION, document_route, health_routes, model_routes
+from gateway.session_routes import session_routes
 from gateway.settings import HttpSettings
 from gateway.token_routes import token_routes
+from gateway.web_page import page_routes, read_page
 from shared.errors import InvalidRequestError, TpserveError
 
 CLIENT_CLOSED_REQUEST = 499
@@ -39,22 +44,33 @@ def build_app(settings: HttpSettings, keys: Keys) -> ASGIApp:
     app = FastAPI(
         title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
-    app.include_router(openai_routes(gateway))
-    app.include_router(token_routes(gateway))
-    app.include_router(health_routes(gateway))
-    app.include_router(model_routes(gateway))
+    routers = (
+        openai_routes(gateway),
+        embedding_routes(gateway),
+        token_routes(gateway),
+        health_routes(gateway),
+        model_routes(gateway),
+        session_routes(gateway),
+        job_routes(gateway),
+    )
+    for router in routers:
+        app.include_router(router)
+    described = [route for router in routers for route in router.routes]
+    app.include_router(document_route(document(described, VERSION, has_keys=bool(keys))))
+    page = read_page()
+    app.include_router(page_routes(page))
     app.add_exception_handler(TpserveError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(ClientDisconnect, _tell_nobody)
     app.add_exception_handler(Exception, _tell_bug)
 
-    guarded: ASGIApp = KeyGuard(app, keys)
+    guarded: ASGIApp = KeyGuard(app, keys, open_paths={*HEALTH_PATHS, *page})
     if settings.cors_origin:
         # Outside the keys: a browser's first question comes without one.
         guarded = CORSMiddleware(
             guarded,
             allow_origins=settings.cors_origin,
-            allow_methods=("GET", "POST", "DELETE"),
+            allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
             allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
             expose_headers=("X-Request-Id", "Retry-After"),
         )

@@ -11,18 +11,25 @@ from gateway.errors import BodyTimeoutError, BodyTooLargeError, MediaTypeError, 
 from shared.errors import InvalidRequestError
 
 T = TypeVar("T")
+_UNTOLD = {"content-type", "transfer-encoding"}
+"""Headers that a request without a body does not have."""
 _SHOWN_CHARACTERS = 80
 """Of a value that is refused."""
 
 
-async def read_object(request: Request, max_bytes: int, timeout_s: float) -> dict[str, Any]:
-    """The body as a JSON object.
+async def read_object(
+    request: Request, max_bytes: int, timeout_s: float, *, optional: bool = False
+) -> dict[str, Any]:
+    """The body as a JSON object; with `optional`, no body at all is an empty one.
 
     Raises MediaTypeError, BodyTooLargeError, BodyTimeoutError, InvalidRequestError, and
     ClientDisconnect when the client has gone.
     """
+    headers = request.headers
+    if optional and headers.get("content-length", "0") == "0" and _UNTOLD.isdisjoint(headers):
+        return {}
     # A page elsewhere can send forms to us without asking the browser; JSON it cannot.
-    declared = request.headers.get("content-type", "")
+    declared = headers.get("content-type", "")
     if declared.partition(";")[0].strip().lower() != "application/json":
         raise MediaTypeError(
             f"the content type is {declared!r}: send JSON, with Content-Type: application/json"
@@ -57,11 +64,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     )
 
 
-def convert(values: dict[str, Any], kind: type[T]) -> T:
-    """Values as a struct. Raises ParameterError with the name, the value and what is allowed."""
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query of the address as a struct. Raises ParameterError."""
+    given = request.query_params
+    for name in given:
+        if len(given.getlist(name)) > 1:
+            raise ParameterError(name, f"{name} is given more than once")
+    return convert(dict(given), kind, strict=False)
+
+
+def convert(values: dict[str, Any], kind: type[T], *, strict: bool = True) -> T:
+    """Values as a struct. Raises ParameterError with the name, the value and what is allowed.
+
+    Not strict: numbers and booleans may be strings, as in an address.
+    """
     try:
         # JSON has only strings for keys; logit_bias has token ids.
-        return msgspec.convert(values, kind, str_keys=True)
+        return msgspec.convert(values, kind, str_keys=True, strict=strict)
     except msgspec.ValidationError as error:
         text, _, where = str(error).partition(" - at ")
         # `$.temperature`, `$.stop[...]`, `key` in `$.logit_bias`: the name is what programs look for.
@@ -72,8 +91,19 @@ def convert(values: dict[str, Any], kind: type[T]) -> T:
             what = "is not known: leave it out" if unknown else "is missing"
             name = f"{path}.{found[1]}".lstrip(".")
             raise ParameterError(name, f"{name} {what}") from None
-        value = shown(values.get(re.split(r"[.\[]", path)[0]))
-        raise ParameterError(path, f"{path} is {value}: {text}") from None
+        if not path:  # parameters that do not go together; the text names them
+            raise InvalidRequestError(text) from None
+        raise ParameterError(path, f"{path} is {shown(_value_at(values, path))}: {text}") from None
+
+
+def _value_at(values: Any, path: str) -> Any:
+    """What stands at `params.stop[2]`; what is around it when that cannot be found."""
+    for name in re.findall(r"[^.\[\]]+", path):
+        if isinstance(values, dict):
+            values = values.get(name)
+        elif isinstance(values, list) and name.isdecimal() and int(name) < len(values):
+            values = values[int(name)]
+    return values
 
 
 def shown(value: object) -> str:

@@ -2,12 +2,16 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.requests import Request
 
 from client.zmq_client import AsyncClient
 from gateway.metrics import Metrics
 from gateway.settings import HttpSettings
+
+NO_KEYS_USER = "local"
+"""Who everybody is when the gateway has no keys; clients over ZeroMQ are the same one."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,16 @@ def request_id(request: Request) -> str:
 def once(request: Request) -> str:
     """An id for the coordinator, which wants no two requests with the same one at a time."""
     return f"{request_id(request)}-{id(request):x}"
+
+
+def user(request: Request) -> str:
+    """Whose sessions and jobs a request is about: the name of its key, "local" without keys."""
+    return getattr(request.state, "user", NO_KEYS_USER)
+
+
+def owned(request: Request) -> dict[str, Any]:
+    """What the coordinator is told of any request about what it keeps for a user."""
+    return {"id": once(request), "user": user(request)}
 
 
 def note(request: Request, **fields: object) -> None:

@@ -115,6 +115,7 @@ class _StatusCollector(Collector):
             "tpserve_prompt_tokens", "Tokens of the prompts that were started", totals.prompt_tokens
         )
         yield _counter("tpserve_generation_tokens", "New tokens", totals.tokens_generated)
+        yield _counter("tpserve_texts_embedded", "Texts that got a vector", totals.texts_embedded)
         yield _counter("tpserve_jobs_done", "Jobs that ended well", totals.jobs_done)
         yield _counter("tpserve_steps", "Forward passes", totals.steps)
         yield _counter(

@@ -68,14 +68,18 @@ class _Common(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
 
 
-class _Chat(_Common, frozen=True, kw_only=True):
+class ChatBody(_Common, frozen=True, kw_only=True):
+    """Of a chat, but for the sampling parameters."""
+
     messages: Annotated[list[Any], Meta(min_length=1, max_length=4096)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
 
 
-class _Completion(_Common, frozen=True, kw_only=True):
+class CompletionBody(_Common, frozen=True, kw_only=True):
+    """Of a completion, but for the sampling parameters."""
+
     prompt: str | Annotated[list[Any], Meta(min_length=1, max_length=MAX_PROMPTS)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool = False
@@ -99,8 +103,8 @@ class Generation(Struct, frozen=True, kw_only=True):
 
 def chat_generation(body: dict[str, Any]) -> Generation:
     """The body of `/v1/chat/completions`. Raises ParameterError."""
-    sampling, rest = _split(body, _fields(_Chat))
-    given = convert(rest, _Chat)
+    sampling, rest = _split(body, _fields(ChatBody))
+    given = convert(rest, ChatBody)
     limit = given.max_completion_tokens
     if limit is not None and sampling.setdefault("max_tokens", limit) != limit:
         raise ParameterError(
@@ -122,8 +126,8 @@ def chat_messages(items: Sequence[Any]) -> list[Message]:
 
 def completion_generation(body: dict[str, Any]) -> Generation:
     """The body of `/v1/completions`. Raises ParameterError."""
-    sampling, rest = _split(body, _fields(_Completion))
-    given = convert(rest, _Completion)
+    sampling, rest = _split(body, _fields(CompletionBody))
+    given = convert(rest, CompletionBody)
     sampling.setdefault("max_tokens", COMPLETION_MAX_TOKENS)
     if given.logprobs is not None:
         if given.echo:

@@ -15,8 +15,17 @@ from gateway.event_stream import DONE, EventStream, data, unless_gone
 from gateway.jobs import JobEvent, accepted, results, start_jobs
 from gateway.openai_answers import ChatShape, CompletionShape, Shape, model_body
 from gateway.openai_requests import Generation, chat_generation, completion_generation
+from gateway.openapi import COORDINATOR, JOB_ERRORS, operation
+from gateway.openapi_types import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ModelBody,
+    ModelList,
+)
 from shared.errors import ModelNotFoundError
-from shared.messages import Choice, Done, Started, Token, Usage
+from shared.messages import Choice, Done, ModelName, Started, Token, Usage
 
 
 def openai_routes(gateway: Gateway) -> APIRouter:
@@ -24,7 +33,16 @@ def openai_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(prefix="/v1")
     limits = gateway.settings
 
-    @router.post("/chat/completions")
+    @router.post(
+        "/chat/completions",
+        **operation(
+            "Answer a conversation",
+            body=ChatRequest,
+            answer=ChatCompletion,
+            streams=True,
+            errors=JOB_ERRORS,
+        ),
+    )
     async def chat_completions(request: Request) -> Response:
         wanted = chat_generation(
             await read_object(request, limits.max_body_bytes, limits.body_timeout)
@@ -32,7 +50,16 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         shape = ChatShape(request_id(request), wanted.options.get("logprobs") is not None)
         return await _generate(gateway, request, wanted, shape)
 
-    @router.post("/completions")
+    @router.post(
+        "/completions",
+        **operation(
+            "Continue a text",
+            body=CompletionRequest,
+            answer=Completion,
+            streams=True,
+            errors=JOB_ERRORS,
+        ),
+    )
     async def completions(request: Request) -> Response:
         wanted = completion_generation(
             await read_object(request, limits.max_body_bytes, limits.body_timeout)
@@ -40,13 +67,21 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         shape = CompletionShape(request_id(request), wanted.options.get("logprobs") is not None)
         return await _generate(gateway, request, wanted, shape)
 
-    @router.get("/models")
+    @router.get("/models", **operation("The models that take jobs", answer=ModelList))
     async def models() -> Response:
         loaded = [m for m in await gateway.client.models() if m.state == "ready"]
         bodies = [model_body(model, gateway.started_at) for model in loaded]
         return json_response({"object": "list", "data": bodies})
 
-    @router.get("/models/{name:path}")
+    @router.get(
+        "/models/{name:path}",
+        **operation(
+            "One of them",
+            path={"name": ModelName},
+            answer=ModelBody,
+            errors=(*COORDINATOR, ModelNotFoundError),
+        ),
+    )
     async def model(name: str) -> Response:
         loaded = {m.name: m for m in await gateway.client.models() if m.state == "ready"}
         if name not in loaded:

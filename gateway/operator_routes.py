@@ -1,4 +1,4 @@
-"""The routes of who runs the server: health, version, metrics, models that come and go."""
+"""The routes of who runs the server: health, status, metrics, models that come and go."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -13,11 +13,30 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from client.requests import LoadOptions
-from gateway.body import convert, read_object
+from gateway.body import convert, read_object, read_query
 from gateway.context import Gateway, note, once
-from gateway.errors import ParameterError, json_response
+from gateway.errors import json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
-from shared.errors import ConnectionLostError, TpserveError
+from gateway.openapi import COORDINATOR, operation
+from gateway.openapi_types import (
+    HealthBody,
+    LoadedModel,
+    LoadedModels,
+    NotReadyBody,
+    UnloadedModel,
+    VersionBody,
+    answer_of,
+)
+from gateway.plain import plain
+from shared.errors import (
+    ConfigError,
+    ConnectionLostError,
+    MemoryPlanError,
+    ModelError,
+    ModelNotFoundError,
+    NotReadyError,
+    TpserveError,
+)
 from shared.messages import Load, Loading, ModelInfo, ModelName, Status
 
 VERSION = version("tpserve")
@@ -25,7 +44,9 @@ _ANSWER_TIMEOUT_S = 5.0
 """For questions that a coordinator answers at once."""
 
 
-class _LoadBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LoadBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model to load."""
+
     name: ModelName
     path: str
     dtype: str | None = None
@@ -34,15 +55,33 @@ class _LoadBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
 
 
+class UnloadQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """force: end the model's jobs at once."""
+
+    force: bool = False
+
+
 def health_routes(gateway: Gateway) -> APIRouter:
-    """Health, version and metrics."""
+    """Health, status, version and metrics."""
     router = APIRouter()
 
-    @router.get("/health/live")
+    @router.get(
+        "/health/live",
+        **operation("This process answers", answer=HealthBody, errors=(), needs_key=False),
+    )
     async def live() -> Response:
         return json_response({"status": "live"})
 
-    @router.get("/health/ready")
+    @router.get(
+        "/health/ready",
+        **operation(
+            "A token came through all ranks",
+            answer=HealthBody,
+            errors=(),
+            needs_key=False,
+            unready=NotReadyBody,
+        ),
+    )
     async def ready() -> Response:
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
@@ -57,14 +96,32 @@ def health_routes(gateway: Gateway) -> APIRouter:
             reason = health.reason
         return json_response({"status": "not_ready", "reason": reason}, 503)
 
-    @router.get("/version")
+    @router.get("/version", **operation("Of tpserve", answer=VersionBody, errors=()))
     async def show_version() -> Response:
         return json_response({"version": VERSION})
 
-    @router.get("/metrics")
+    @router.get(
+        "/api/status",
+        **operation("Workers, queue, memory, rates", answer=answer_of(Status, "StatusBody")),
+    )
+    async def status() -> Response:
+        return json_response(plain(await gateway.client.status()))
+
+    @router.get("/metrics", **operation("For Prometheus", answer=None, errors=()))
     async def metrics() -> Response:
         text = gateway.metrics.exposition(await _status(gateway))
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
+
+
+def document_route(content: dict[str, Any]) -> APIRouter:
+    """The OpenAPI document."""
+    router = APIRouter()
+
+    @router.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_response(content)
 
     return router
 
@@ -82,14 +139,24 @@ def model_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(prefix="/api/models")
     limits = gateway.settings
 
-    @router.get("")
+    @router.get("", **operation("Every model with its state", answer=LoadedModels))
     async def models() -> Response:
         return json_response({"models": await gateway.client.models()})
 
-    @router.post("")
+    @router.post(
+        "",
+        **operation(
+            "Load a model",
+            body=LoadBody,
+            answer=LoadedModel,
+            status=201,
+            streams=True,
+            errors=(*COORDINATOR, ModelError, MemoryPlanError, NotReadyError, ConfigError),
+        ),
+    )
     async def load(request: Request) -> Response:
         body = await read_object(request, limits.max_body_bytes, limits.body_timeout)
-        wanted = convert(body, _LoadBody)
+        wanted = convert(body, LoadBody)
         options = _load_options(wanted)
         note(request, model=wanted.name)
         if not wanted.stream:
@@ -106,10 +173,19 @@ def model_routes(gateway: Gateway) -> APIRouter:
             on_end=gateway.metrics.stream_ended,
         )
 
-    @router.delete("/{name:path}")
+    @router.delete(
+        "/{name:path}",
+        **operation(
+            "Unload a model when its jobs have ended",
+            path={"name": ModelName},
+            query=UnloadQuery,
+            answer=UnloadedModel,
+            errors=(*COORDINATOR, ModelNotFoundError, NotReadyError),
+        ),
+    )
     async def unload(request: Request, name: str) -> Response:
         note(request, model=name)
-        force = _flag(request, "force")
+        force = read_query(request, UnloadQuery).force
         freed = gateway.client.unload(name, force=force, request_id=once(request))
         return json_response(
             {"model": name, "freed_bytes": await unless_gone(request.receive, freed)}
@@ -119,7 +195,7 @@ def model_routes(gateway: Gateway) -> APIRouter:
 
 
 async def _progress(
-    gateway: Gateway, wanted: _LoadBody, options: LoadOptions, load_id: str
+    gateway: Gateway, wanted: LoadBody, options: LoadOptions, load_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Events of a load: any number of progress, then the model."""
     told: asyncio.Queue[Loading | None] = asyncio.Queue()
@@ -147,7 +223,7 @@ async def _progress(
     yield DONE
 
 
-def _load_options(wanted: _LoadBody) -> LoadOptions:
+def _load_options(wanted: LoadBody) -> LoadOptions:
     """What was given of dtype, kv_dtype, max_model_len. Raises ParameterError."""
     names = ("dtype", "kv_dtype", "max_model_len")
     given: dict[str, Any] = {
@@ -155,13 +231,3 @@ def _load_options(wanted: _LoadBody) -> LoadOptions:
     }
     convert({"op": "load", "id": "x", "name": wanted.name, "path": wanted.path, **given}, Load)
     return msgspec.convert(given, LoadOptions)
-
-
-def _flag(request: Request, name: str) -> bool:
-    for other in request.query_params:
-        if other != name:
-            raise ParameterError(other, f"{other} is not known: leave it out")
-    value = request.query_params.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise ParameterError(name, f"{name} is {value!r}: write true or false")
-    return value in ("true", "1")

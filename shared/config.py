@@ -10,16 +10,19 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
 from shared.errors import ConfigError
 from shared.http_address import DEFAULT_HTTP, parse_http_address
+from shared.messages import Precision
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
+AUTO_WORKERS = 0
+"""The coordinator chooses before anything else looks at the number."""
 _BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -31,7 +34,14 @@ def _demo_models() -> dict[str, str]:
 class Settings(Struct, frozen=True, kw_only=True):
     """Every option of `tpserve serve`."""
 
-    workers: Annotated[int, Meta(ge=1, description="worker processes")] = 1
+    workers: Annotated[
+        int,
+        Meta(ge=1, description="worker processes; auto: what is predicted to be fastest here"),
+    ] = 1
+    auto_dtypes: Annotated[
+        str,
+        Meta(description="precisions that --workers auto may choose besides --dtype, by comma"),
+    ] = ""
     model: Annotated[
         dict[str, str],
         Meta(
@@ -104,6 +114,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     chat_weight: Annotated[
         int, Meta(ge=1, le=100, description="chats that start in a round with the stories")
     ] = 1
+    embedding_weight: Annotated[
+        int, Meta(ge=1, le=100, description="embedding requests that start in such a round")
+    ] = 1
     step_timeout: Annotated[
         float,
         Meta(gt=0, le=86400, description="seconds after which a silent worker counts as lost"),
@@ -138,8 +151,25 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def threads(self) -> int:
         """Compute threads of each worker."""
-        cores = len(os.sched_getaffinity(0))
-        return self.threads_per_worker or max(1, cores // self.workers)
+        return self.threads_per_worker or max(1, self.cores // self.workers)
+
+    @property
+    def cores(self) -> int:
+        """That this process may use."""
+        return len(os.sched_getaffinity(0))
+
+    @property
+    def auto_dtype_list(self) -> list[Precision]:
+        """`auto_dtypes`. Raises ConfigError."""
+        try:
+            return msgspec.convert(
+                [name for name in self.auto_dtypes.split(",") if name], list[Precision]
+            )
+        except msgspec.ValidationError:
+            raise ConfigError(
+                f"auto_dtypes is {self.auto_dtypes!r}: write some of"
+                f" {', '.join(get_args(Precision))}, by comma"
+            ) from None
 
 
 class Sourced(Struct, frozen=True):
@@ -155,6 +185,8 @@ class Sourced(Struct, frozen=True):
             value = getattr(self.settings, name)
             if isinstance(value, dict):
                 value = ", ".join(f"{k}={v}" for k, v in value.items())
+            if name == "workers" and value == AUTO_WORKERS:
+                value = "auto"
             if name == "database":
                 value = without_password(value)
             lines.append(f"{name:20} {value!s:40} {source}")
@@ -270,6 +302,8 @@ def _convert(name: str, raw: Any, hint: Any, source: str) -> Any:
         raw = _parse_models(raw if isinstance(raw, list) else raw.split(","), source)
     if isinstance(raw, str) and hint.__origin__ is bool:
         raw = raw.lower()
+    if name == "workers" and raw == "auto":
+        return AUTO_WORKERS
     try:
         return msgspec.convert(raw, hint, strict=not isinstance(raw, str))
     except msgspec.ValidationError as error:
@@ -290,6 +324,11 @@ def _parse_models(items: Sequence[str], source: str) -> dict[str, str]:
 
 def _check(settings: Settings) -> None:
     """What no single field can tell."""
+    if settings.auto_dtype_list and settings.workers != AUTO_WORKERS:
+        raise ConfigError(
+            f"auto_dtypes is {settings.auto_dtypes!r}, but workers is {settings.workers}:"
+            " a precision is chosen with --workers auto only"
+        )
     shards = settings.virtual_shards
     if shards & (shards - 1):
         raise ConfigError(f"virtual_shards is {shards}, it must be a power of two")

@@ -1,8 +1,8 @@
 """What clients and the coordinator say to each other about jobs and models, as frozen structs.
 
-The families beside this one: shared/session_messages.py, shared/job_messages.py, and
-shared/worker_messages.py; shared/protocol.py has all of a client's together and their form on the
-wire. Unknown fields are refused, never ignored; nothing is pickled.
+Sessions, stored jobs, embeddings and workers have modules of messages beside this one;
+shared/protocol.py has all of a client's together and their form on the wire. Unknown fields are
+refused, never ignored; nothing is pickled.
 """
 
 from typing import Annotated, Literal
@@ -278,7 +278,7 @@ class Progress(BaseEvent, frozen=True, kw_only=True, tag="progress"):
     """Sent once a second for a job that sends nothing else: it waits, or it does not stream."""
 
     position: int | None
-    """Jobs of its kind that stand before it; None once it runs."""
+    """Jobs of its kind, or turns of its session, that stand before it; None once it runs."""
     new_tokens: int
 
 
@@ -420,7 +420,7 @@ class ModelGone(BaseEvent, frozen=True, kw_only=True, tag="model_gone"):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """One worker process. Times are sums over its steps, at most a second old."""
+    """One worker process. Times are sums over its steps, at most a second old; all of them at rest."""
 
     rank: int
     pid: int
@@ -443,6 +443,7 @@ class Totals(Struct, kw_only=True):
     prompt_tokens: int = 0
     """Of the jobs that were started, whether computed or found in the cache."""
     tokens_generated: int = 0
+    texts_embedded: int = 0
     jobs_done: int = 0
     plan_s: float = 0.0
     """Coordinator: making plans."""

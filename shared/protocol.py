@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from shared.embedding_messages import Embed, Embeddings
 from shared.errors import InvalidRequestError, TpserveError
 from shared.job_messages import FollowJob, JobGone, StoredJob, StoredJobRequest, StoredJobs
 from shared.messages import (
@@ -50,7 +51,8 @@ from shared.session_messages import (
 )
 
 JobRequest = Generate | TurnRequest | FollowJob
-"""Answered by the events of a job."""
+"""Answered by the events of a job that may be streamed."""
+CancellableRequest = JobRequest | Embed
 
 Request = (
     Generate
@@ -62,6 +64,7 @@ Request = (
     | Unload
     | Tokenize
     | Detokenize
+    | Embed
     | SessionRequest
     | StoredJobRequest
 )
@@ -83,6 +86,7 @@ Event = (
     | ModelGone
     | Tokens
     | Text
+    | Embeddings
     | SessionState
     | Sessions
     | SessionGone
@@ -97,6 +101,7 @@ TERMINAL_EVENTS = (
     Done,
     Failed,
     Cancelled,
+    Embeddings,
     ModelReady,
     ModelGone,
     SessionState,

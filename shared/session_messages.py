@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.messages import (
     BaseEvent,
@@ -22,9 +22,9 @@ StoredId = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Title = Annotated[str, Meta(max_length=200)]
 
 
-def _one_answer(params: SamplingParams | None) -> None:
-    if params is not None and (params.n != 1 or params.echo):
-        raise ValueError("in a session an answer is one, and without an echo: n is 1, echo false")
+def _no_echo(params: SamplingParams | None) -> None:
+    if params is not None and params.echo:
+        raise ValueError("an answer of a session is without the prompt: echo is false")
 
 
 class CreateSession(OwnedRequest, frozen=True, kw_only=True, tag="create_session"):
@@ -41,7 +41,7 @@ class CreateSession(OwnedRequest, frozen=True, kw_only=True, tag="create_session
     """Of all turns that bring none of their own."""
 
     def __post_init__(self) -> None:
-        _one_answer(self.params)
+        _no_echo(self.params)
         if self.kind == "story" and self.system is not None:
             raise ValueError("a story has no system prompt")
 
@@ -75,10 +75,22 @@ class GetSession(_AboutSession, frozen=True, kw_only=True, tag="session"):
     """A session with the messages on its selected path."""
 
 
-class RenameSession(_AboutSession, frozen=True, kw_only=True, tag="rename_session"):
-    """Give it another title."""
+class ConfigureSession(_AboutSession, frozen=True, kw_only=True, tag="configure_session"):
+    """Change what is set of it; what is left out stays. Counts from the next turn on."""
 
-    title: Annotated[str, Meta(min_length=1, max_length=200)]
+    title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
+    model: ModelName | UnsetType | None = UNSET
+    """None: at each turn as in `generate`."""
+    system: str | UnsetType | None = UNSET
+    """None: no instructions."""
+    params: SamplingParams | UnsetType = UNSET
+    """In place of all that were set before."""
+
+    def __post_init__(self) -> None:
+        if self.params is not UNSET:
+            _no_echo(self.params)
+        if all(new is UNSET for new in (self.title, self.model, self.system, self.params)):
+            raise ValueError("nothing to change: give title, model, system or params")
 
 
 class DeleteSession(_AboutSession, frozen=True, kw_only=True, tag="delete_session"):
@@ -110,14 +122,26 @@ class Redo(_AboutSession, frozen=True, kw_only=True, tag="redo"):
     """Take an undo back."""
 
 
+class WriteStory(_AboutSession, frozen=True, kw_only=True, tag="write"):
+    """Make a story's whole text another one; nothing is generated.
+
+    The pieces on the selected path stay as far as the text begins with them, the rest becomes one
+    of the user's.
+    """
+
+    text: str
+
+
 class _Turn(_AboutSession, frozen=True, kw_only=True):
     params: SamplingParams | None = None
     """None: the session's."""
     stream: bool = True
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    wait: bool = False
+    """Whether to wait for the session's other turns instead of being refused."""
 
     def __post_init__(self) -> None:
-        _one_answer(self.params)
+        _no_echo(self.params)
 
 
 class SendTurn(_Turn, frozen=True, kw_only=True, tag="send"):
@@ -142,7 +166,12 @@ class EditTurn(_Turn, frozen=True, kw_only=True, tag="edit"):
 
 
 class ContinueTurn(_Turn, frozen=True, kw_only=True, tag="continue"):
-    """Write on at the last answer, which was cut short."""
+    """Write on at the last answer, which was cut short; the session's `n` does not count."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.params is not None and self.params.n != 1:
+            raise ValueError(f"n is {self.params.n}, but continue writes on at one answer: n is 1")
 
 
 TurnRequest = SendTurn | Regenerate | EditTurn | ContinueTurn
@@ -150,7 +179,7 @@ SessionRequest = (
     CreateSession
     | ListSessions
     | GetSession
-    | RenameSession
+    | ConfigureSession
     | DeleteSession
     | SearchSessions
     | ExportSession
@@ -159,6 +188,7 @@ SessionRequest = (
     | SelectBranch
     | Undo
     | Redo
+    | WriteStory
     | SendTurn
     | Regenerate
     | EditTurn
@@ -244,7 +274,7 @@ class SessionExport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Parents before children, siblings in order."""
 
     def __post_init__(self) -> None:
-        _one_answer(self.params)
+        _no_echo(self.params)
         for place, message in enumerate(self.messages):
             if message.parent is not None and message.parent >= place:
                 raise ValueError(f"message {place} has a parent that does not come before it")
@@ -312,5 +342,5 @@ class TurnStored(BaseEvent, frozen=True, kw_only=True, tag="stored"):
     session: int
     user_message: int | None
     """Id of what the user said; None: nothing new."""
-    answer: int | None
-    """Id of the answer; None: nothing of it was written."""
+    answers: list[int]
+    """Ids of what was written, in order of index; the first one is selected."""

@@ -124,6 +124,14 @@ class SequenceStep(Struct, frozen=True, array_like=True):
     """None: only fill the KV cache (a prefill chunk that is not the last)."""
     history: History | None = None
     """Given with the first step of a sequence in its slot, if its sampling has penalties."""
+    pooled: int = 0
+    """Tokens of the whole text if the mean of its hidden states is wanted, which comes with its last
+    chunk; such a sequence begins at position 0 and samples nothing. 0: it is not."""
+
+    @property
+    def mean_is_due(self) -> bool:
+        """Whether this is the last chunk of a text whose mean is wanted."""
+        return self.pooled != 0 and self.start + len(self.tokens) == self.pooled
 
 
 class BlockCopy(Struct, frozen=True, array_like=True):
@@ -211,10 +219,13 @@ class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
     """Pass after pass. -1: this sequence's logits were not finite numbers."""
     logprobs: list[TokenLogprobs | None] = []
     """As `tokens`, with None where they are not wanted; empty if nobody wants them."""
+    means: list[bytes] = []
+    """[hidden] float32 little-endian of each text that ended in the step, in the plan's order: the mean
+    of what the final norm makes of its tokens."""
 
 
 class WorkerTimes(_FromWorker, frozen=True, kw_only=True, tag="times"):
-    """Sums over all steps of this rank; sent about once a second while it computes."""
+    """Sums over all steps of this rank; sent about once a second while it computes, and at rest."""
 
     compute_s: float
     comm_s: float

@@ -26,6 +26,10 @@ SUPPORT = ("benchmarks", "models", "scripts", "tests")
 IMPORTS_INSIDE_FUNCTIONS = {
     (
         "coordinator/__main__.py",
+        "coordinator.choose",
+    ): "half a second to import, for who has not chosen the number of workers",
+    (
+        "coordinator/__main__.py",
         "coordinator.server",
     ): "it takes a second to import, and the fork server is to begin before that",
     (

@@ -45,6 +45,8 @@ from worker.runner import Runner, TimedCommunicator
 log = logging.getLogger("worker")
 
 _TIMES_INTERVAL_S = 1.0
+_REST_MS = 20
+"""Without an order for so long, a worker tells what its last steps have added to its times."""
 
 
 class Worker:
@@ -60,6 +62,8 @@ class Worker:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._compute_s = self._comm_s = self._told_at = 0.0
+        self._resting = True
+        """All times are told, and nothing has been computed since."""
 
     def run(self) -> None:
         """Serve the coordinator until it says shut down."""
@@ -79,13 +83,13 @@ class Worker:
                 self._send(self._obey(order))
             except TpserveError as error:
                 fatal = isinstance(error, CommError)
-                log.error("rank %d: %s", self._rank, error)
+                log.error("%s: %s", _name(order), error)
                 self._fail(error.code, error.message, fatal)
                 if fatal:
                     return
             except (RuntimeError, MemoryError) as error:
                 # What torch raises when memory runs out; the coordinator tells the user.
-                log.exception("rank %d", self._rank)
+                log.exception("%s", _name(order))
                 self._fail(TpserveError.code, f"{type(error).__name__}: {error}", fatal=True)
                 return
 
@@ -97,7 +101,16 @@ class Worker:
                 self._hear_of_loading(self._loading)
             if self._socket in readable:
                 break
-        return decode_to_worker(self._socket.recv())
+        try:
+            return decode_to_worker(self._socket.recv())
+        except zmq.Again:
+            self._rest()
+            return decode_to_worker(self._socket.recv())
+
+    def _rest(self) -> None:
+        self._tell_times()
+        self._resting = True
+        self._socket.rcvtimeo = -1
 
     def _hear_of_loading(self, loading: Loading) -> None:
         for report in loading.reports():
@@ -147,7 +160,7 @@ class Worker:
 
     def _step(self, plan: StepPlan) -> StepResult | None:
         began, in_comm = time.perf_counter(), self._in_comm_s()
-        sampled = self._ready_runner.step(plan)
+        made = self._ready_runner.step(plan)
         self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
@@ -155,8 +168,9 @@ class Worker:
             rank=self._rank,
             epoch=plan.epoch,
             step=plan.step,
-            tokens=sampled.tokens,
-            logprobs=sampled.logprobs,
+            tokens=made.sampled.tokens,
+            logprobs=made.sampled.logprobs,
+            means=[mean.astype("<f4").tobytes() for mean in made.means],
         )
 
     def _in_comm_s(self) -> float:
@@ -164,20 +178,25 @@ class Worker:
         return self._comm.seconds + self._ready_runner.comm_seconds
 
     def _account(self, elapsed_s: float, in_comm_s: float) -> None:
-        """Add up where the time goes, and tell it once a second."""
+        """Add up where the time goes, and tell it once a second and before a rest."""
         self._comm_s += in_comm_s
         self._compute_s += elapsed_s - in_comm_s
-        now = time.monotonic()
-        if now > self._told_at + _TIMES_INTERVAL_S:
-            self._told_at = now
-            self._send(
-                WorkerTimes(
-                    rank=self._rank,
-                    epoch=self._epoch,
-                    compute_s=self._compute_s,
-                    comm_s=self._comm_s,
-                )
+        if self._resting:
+            self._resting = False
+            self._socket.rcvtimeo = _REST_MS
+        if time.monotonic() > self._told_at + _TIMES_INTERVAL_S:
+            self._tell_times()
+
+    def _tell_times(self) -> None:
+        self._told_at = time.monotonic()
+        self._send(
+            WorkerTimes(
+                rank=self._rank,
+                epoch=self._epoch,
+                compute_s=self._compute_s,
+                comm_s=self._comm_s,
             )
+        )
 
     def _set_up(self, order: SetUp) -> None:
         torch.set_num_threads(order.threads)
@@ -209,6 +228,13 @@ class Worker:
                 rank=self._rank, epoch=self._epoch, code=code, message=message, fatal=fatal
             )
         )
+
+
+def _name(order: ToWorker) -> str:
+    """What the coordinator's log calls it, too."""
+    if isinstance(order, StepPlan):
+        return f"epoch {order.epoch}, step {order.step} of {order.model}"
+    return type(order).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -143,12 +143,13 @@ class VocabHead:
     ) -> None:
         rows = placement.shards.vocab_rows(placement.owned)
         total = placement.shards.config.vocab_size
+        token_ids = [placement.shards.vocab_rows(range(v, v + 1)) for v in placement.owned]
         self._ops = placement.ops
 
         def read() -> torch.Tensor:
             return checkpoint.read(name, (total, hidden), rows=rows)
 
-        self._weight = self._ops.weight(Source(len(rows), hidden, read), head=True)
+        self._weight = self._ops.weight(Source(len(rows), hidden, read), token_ids=token_ids)
 
     def __call__(self, x: Value) -> Value:
         """X [B, hidden] -> [B, own tokens]."""

@@ -17,7 +17,7 @@ from shared.errors import CommError
 from shared.model_config import read_model_config
 from shared.sharding import ModelShards
 from shared.worker_messages import AllocateKV, LoadModel, SequenceStep, StepPlan
-from worker.comm.base import Communicator
+from worker.comm.base import Communicator, Floats
 from worker.layers import Placement
 from worker.loader import Checkpoint
 from worker.model import Decoder
@@ -26,7 +26,7 @@ from worker.native.sampling import NativeRows
 from worker.ops.base import HeadLayout, Ops
 from worker.ops.choose import make_ops
 from worker.sampling.sampler import Sampled, Sampler
-from worker.sampling.vocabulary import Ints, Vocabulary
+from worker.sampling.vocabulary import Doubles, Ints, Vocabulary
 from worker.shard_cache import ShardCache, cache_key
 
 _TRIM_EVERY_BYTES = 32 << 20
@@ -40,9 +40,21 @@ class LoadedModel:
     decoder: Decoder
     ops: Ops
     layers: int
+    hidden_size: int
     layout: HeadLayout
     sampler: Sampler
     last_tokens: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    sums: dict[int, Doubles] = field(default_factory=dict)
+    """By slot: of the hidden states [hidden] so far of a text whose mean is wanted."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a plan's passes have made."""
+
+    sampled: Sampled
+    means: list[Floats]
+    """[hidden] of each text whose mean hidden state was due, in the plan's order."""
 
 
 class Runner:
@@ -97,7 +109,7 @@ class Runner:
         rows = None if self._pool is None else NativeRows(self._pool.library)
         sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids, rows))
         layers, layout = config.num_layers, placement.head_layout()
-        loaded = LoadedModel(decoder, ops, layers, layout, sampler)
+        loaded = LoadedModel(decoder, ops, layers, config.hidden_size, layout, sampler)
         # Replaced, not changed: steps of other models may be looking at it in the main thread.
         self._models = {**self._models, order.model: loaded}
         return ops.weight_bytes, ops.block_bytes(layers, layout)
@@ -129,7 +141,7 @@ class Runner:
         model.ops.allocate(model.decoder, model.layers, model.layout, order.blocks, order.tokens)
         model.last_tokens = np.zeros(order.slots, dtype=np.int64)
 
-    def step(self, plan: StepPlan) -> Sampled:
+    def step(self, plan: StepPlan) -> StepOutcome:
         """Run one plan; a token for each sequence that wants one, in the plan's order, pass after pass."""
         model = self._models[plan.model]
         for copy in plan.copies:
@@ -137,6 +149,8 @@ class Runner:
         for s in plan.sequences:
             if s.history is not None:
                 model.sampler.begin(s.slot, s.history)
+            if s.pooled and s.start == 0:
+                model.sums[s.slot] = np.zeros(model.hidden_size)
         sequences = plan.sequences
         sampled = self._pass(model, sequences)
         for _ in range(1, plan.passes):
@@ -144,16 +158,20 @@ class Runner:
             further = self._pass(model, sequences)
             sampled.tokens.extend(further.tokens)
             sampled.logprobs.extend(further.logprobs)
-        return sampled
+        due = [s for s in plan.sequences if s.mean_is_due]
+        means = [(model.sums.pop(s.slot) / s.pooled).astype(np.float32) for s in due]
+        return StepOutcome(sampled, means)
 
     def _pass(self, model: LoadedModel, sequences: Sequence[SequenceStep]) -> Sampled:
-        logits = model.ops.run(sequences, model.last_tokens)
         sampled = [(s, s.sampling) for s in sequences if s.sampling is not None]
-        if not sampled:
-            return Sampled(tokens=[], logprobs=[])
         positions = [s.start + max(len(s.tokens), 1) for s, _ in sampled]
         slots = [s.slot for s, _ in sampled]
-        chosen = model.sampler(logits, [sampling for _, sampling in sampled], positions, slots)
+        sampling = [sampling for _, sampling in sampled]
+        wanted = model.sampler.wanted(sampling, positions, slots)
+        logits = model.ops.run(sequences, model.last_tokens, wanted, model.sums)
+        if not sampled:
+            return Sampled(tokens=[], logprobs=[])
+        chosen = model.sampler(logits, sampling, positions, slots)
         model.last_tokens[slots] = chosen.tokens
         return chosen
 

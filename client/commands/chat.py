@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from client.commands.common import connect, sampling_options
-from client.kept_chat import KeptConversation, last_chat
+from client.kept_chat import KeptConversation, keeps_sessions, last_chat
 from client.render import note, one_line
 from client.repl import Conversation, piped_lines, typed_lines
 from client.zmq_client import Client
@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input or /exit ends it."""
     with connect(args) as client:
         conversation = _conversation(client, args)
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if _at_terminal():
             _talk(conversation)
         else:
             _answer_lines(conversation)
@@ -25,20 +25,27 @@ def run(args: argparse.Namespace) -> int:
 def _conversation(client: Client, args: argparse.Namespace) -> Conversation:
     options = sampling_options(args)
     if args.session is None and not args.last:
-        return Conversation(client, args.model, args.system, options)
+        keep = _at_terminal() and not args.no_session and keeps_sessions(client)
+        kind = KeptConversation if keep else Conversation
+        return kind(client, args.model, args.system, options)
     if args.model is not None or args.system is not None:
         raise InvalidRequestError(
             "a conversation of the server has its own model and system prompt: leave out --model "
             "and --system"
         )
-    session = last_chat(client) if args.session is None else args.session
-    return KeptConversation(client, session, options)
+    conversation = KeptConversation(client, None, None, options)
+    conversation.open(last_chat(client) if args.session is None else args.session)
+    return conversation
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _talk(conversation: Conversation) -> None:
     """Neither an error nor Ctrl-C ends it."""
     note("/help lists the commands")
-    for line in typed_lines():
+    for line in typed_lines(conversation.commands):
         if line.rstrip() == "/exit":
             return
         try:
@@ -62,7 +69,7 @@ def _answer_lines(conversation: Conversation) -> None:
 def _turn(conversation: Conversation, line: str) -> bool:
     """One line of input; False when its answer was cut short."""
     if line.startswith("/"):
-        conversation.command(line)
-    elif line.strip():
+        return conversation.command(line)
+    if line.strip():
         return conversation.say(line.strip())
     return True

@@ -76,7 +76,7 @@ def speed(done: Done) -> str:
 
 
 def show(stream: Stream, prompt: str = "") -> None:
-    """Print `prompt` and what is generated as it comes, and end the line; Ctrl-C ends the job.
+    """Print `prompt` and the first answer as it comes, and end the line; Ctrl-C ends the job.
 
     Prints nothing before the job has started: an error message should stand alone.
     """
@@ -87,7 +87,7 @@ def show(stream: Stream, prompt: str = "") -> None:
                 if isinstance(event, Started):
                     last = prompt
                     write(prompt)
-                elif isinstance(event, Token) and event.text:
+                elif isinstance(event, Token) and event.text and not event.index:
                     last = event.text
                     write(event.text)
         finally:

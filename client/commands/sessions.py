@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,7 +50,12 @@ def _list(client: Client, args: argparse.Namespace) -> None:
             break
     if args.json:
         write_json(found)
-        return
+    else:
+        write_sessions(found)
+
+
+def write_sessions(found: Sequence[SessionInfo]) -> None:
+    """As a table."""
     rows = [[str(s.id), s.kind, when(s.updated), s.model or "", s.title] for s in found]
     write_table("sessions", ["id", "kind", "changed", "model", "title"], rows)
 

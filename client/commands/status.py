@@ -63,6 +63,7 @@ def _show(status: Status) -> None:
         "running": str(status.running),
         "steps": str(status.totals.steps),
         "tokens generated": str(status.totals.tokens_generated),
+        "texts embedded": str(status.totals.texts_embedded),
         "jobs done": str(status.totals.jobs_done),
         "queue time p50 / p99": _milliseconds(status.queue_time),
         "first token p50 / p99": _milliseconds(status.ttft),

@@ -11,6 +11,7 @@ from typing import TypeVar
 import zmq
 from msgspec import Struct
 
+from shared.errors import SessionsOffError
 from shared.messages import (
     Cancel,
     Cancelled,
@@ -43,6 +44,7 @@ from shared.protocol import (
     decode_request,
     encode_events,
 )
+from shared.session_messages import SessionRequest
 from shared.sockets import client_facing
 
 R = TypeVar("R", bound=Struct)
@@ -186,6 +188,9 @@ class Peer:
             self._send(client, Models(id=request.id, models=[MODEL]))
         elif isinstance(request, GetStatus):
             self._send(client, status(request.id))
+        elif isinstance(request, SessionRequest):
+            off = SessionsOffError("this server keeps no sessions")
+            self._send(client, Failed(id=request.id, code=off.code, message=off.message))
 
     def _cancel(self, client: bytes, request: Cancel) -> None:
         job = self._jobs.pop((client, request.job), None)

@@ -56,6 +56,33 @@ def test_commands_change_the_history(make_peer: MakePeer) -> None:
     assert {(request.model, request.params.temperature) for request in requests} == {("demo", 0.0)}
 
 
+def test_instructions_can_be_changed(make_peer: MakePeer) -> None:
+    peer = make_peer(lambda request: tell(request, "yes"))
+    lines = "a\n/system Be  brief.\nb\n/system\nc\n"
+    done = tpserve("chat", "--system", "Sing.", "--server", peer.address, stdin=lines)
+    assert done.stdout == "yes\n" * 3
+    first = [turns(request)[0] for request in peer.wait_for(Generate, 3)]
+    assert first == [("system", "Sing."), ("system", "Be  brief."), ("user", "a")]
+
+
+@pytest.mark.parametrize("command", ["/regen", "/edit 1 b", "/branch", "/redo", "/sessions"])
+def test_what_needs_a_session_says_so_without_one(make_peer: MakePeer, command: str) -> None:
+    done = tpserve("chat", "--server", make_peer().address, stdin=f"a\n{command}\nb\n")
+    assert (done.returncode, done.stdout) == (1, "user: a\n")
+    assert f"{command.split()[0]}: the server does not keep this conversation" in done.stderr
+
+
+def test_a_server_without_sessions_is_no_obstacle_at_a_terminal(
+    make_peer: MakePeer, state: dict[str, str]
+) -> None:
+    with at_terminal("chat", "--server", make_peer().address, env=state) as terminal:
+        terminal.wait_for("this conversation is not kept: this server keeps no sessions")
+        ask(terminal, "Hi")
+        terminal.wait_for("user: Hi")
+        ask(terminal, "/exit")
+        assert terminal.wait_for_exit() == 0
+
+
 def test_help_and_stats_are_printed(make_peer: MakePeer) -> None:
     server = make_peer().address
     done = tpserve("chat", "--server", server, stdin="/stats\nHi\n/stats\n/help\n")

@@ -19,6 +19,7 @@ from coordinator.pace import Pace
 from coordinator.scheduler import PlannedStep, Scheduler
 from coordinator.sequence import Sequence
 from coordinator.text import Detokenizer
+from shared.embedding_messages import Embed
 from shared.messages import BLOCK_TOKENS, Generate, Kind
 from shared.worker_messages import Sampling
 
@@ -38,6 +39,8 @@ class PaperWorker:
     def __init__(self, blocks: int, slots: int) -> None:
         self.memory = [-1] * (blocks * BLOCK_TOKENS)
         self.last = [-1] * slots
+        self.sums: dict[int, list[int]] = {}
+        """By slot: the tokens of a text that have been computed."""
 
     def run(self, plan: PlannedStep) -> list[int]:
         for copy in plan.copies:
@@ -56,6 +59,10 @@ class PaperWorker:
             tables.append((table, start + len(tokens)))
             for at, token in enumerate(tokens, start):
                 self.memory[table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS] = token
+            if step.pooled:
+                read = [] if step.start == 0 else self.sums[step.slot]
+                assert len(read) == step.start, "every position is computed once"
+                self.sums[step.slot] = read + tokens
         sampled = []
         for step, (table, length) in zip(plan.sequences, tables, strict=True):
             if step.sampling is not None:
@@ -67,6 +74,10 @@ class PaperWorker:
                 self.last[step.slot] = token
                 sampled.append(token)
         return sampled
+
+    def means(self, plan: PlannedStep) -> list[list[int]]:
+        """Of the texts that end with a plan; here their tokens."""
+        return [self.sums.pop(step.slot) for step in plan.sequences if step.mean_is_due]
 
 
 def job(
@@ -101,6 +112,15 @@ def job(
     return made
 
 
+def embedding(name: str, texts: list[list[int]]) -> Job:
+    made = Job(b"e", Embed(id=name, texts=[*texts]), "m", [])
+    for index, text in enumerate(texts):
+        (sequence,) = job(name, text, 1).sequences
+        sequence.job_key, sequence.index, sequence.pooled = made.key, index, True
+        made.sequences.append(sequence)
+    return made
+
+
 def alone(prompt: list[int], new: int, seed: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(new):
@@ -111,7 +131,7 @@ def alone(prompt: list[int], new: int, seed: int) -> list[int]:
 
 
 def queue() -> JobQueue:
-    return JobQueue({"story": 1, "chat": 1})
+    return JobQueue({"story": 1, "chat": 1, "embedding": 1})
 
 
 class Desk:
@@ -125,7 +145,7 @@ class Desk:
         self.scheduler = Scheduler(self.queue, blocks, slots, budget)
         self.worker = PaperWorker(blocks, slots)
         self.depth = depth
-        self.sent: deque[tuple[PlannedStep, list[int]]] = deque()
+        self.sent: deque[tuple[PlannedStep, list[int], list[list[int]]]] = deque()
         self.started: list[Job] = []
 
     def step(self) -> PlannedStep | None:
@@ -135,16 +155,20 @@ class Desk:
             if plan is None:
                 break
             self.started += plan.started
-            self.sent.append((plan, self.worker.run(plan)))
+            self.sent.append((plan, self.worker.run(plan), self.worker.means(plan)))
         if not self.sent:
             return None
-        plan, tokens = self.sent.popleft()
+        plan, tokens, means = self.sent.popleft()
         assert len(tokens) == plan.passes * len(plan.sampled)
         for sequence, token in zip(plan.sampled * plan.passes, tokens, strict=True):
             if not sequence.finished:
                 sequence.append(token)
                 if sequence.finish_reason is not None:
                     self.scheduler.end(sequence)
+        for sequence, mean in zip(plan.embedded, means, strict=True):
+            if not sequence.finished:
+                assert mean == sequence.tokens
+                self.scheduler.end(sequence)
         return plan
 
     def cancel(self, victim: Job) -> None:
@@ -169,6 +193,10 @@ def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int, passes:
         n = random.choice([1, 1, 2, 4])
         kind: Kind = random.choice(["story", "chat"])
         jobs.append(job(str(i), prompt, random.randrange(1, 60), n=n, kind=kind))
+        if i % 4 == 0:
+            jobs.append(
+                embedding(f"e{i}", [prompt[: 1 + k % len(prompt)] for k in range(5, 50, n)])
+            )
     desk = Desk(blocks, slots=8, depth=depth, passes=passes)
     arrivals: deque[Job] = deque(jobs)
     cancelled: list[Job] = []
@@ -188,12 +216,53 @@ def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int, passes:
         for sequence in j.sequences if j not in cancelled else []:
             prompt = sequence.tokens[: sequence.prompt_tokens]
             expected = alone(prompt, sequence.max_new_tokens, sequence.sampling.seed)
-            assert sequence.tokens == expected
+            assert sequence.tokens == (prompt if sequence.pooled else expected)
     assert desk.scheduler.pool.used == 0
     assert not desk.scheduler.running
     assert len(desk.queue) == 0
     assert desk.queue.tokens == 0
     assert sorted(desk.scheduler._free_slots) == list(range(8))
+
+
+def test_a_text_to_embed_is_computed_whole_and_leaves_its_prefix_to_others() -> None:
+    desk = Desk(40, slots=8)
+    prompt = list(range(2, 40))
+    for first, then in (
+        (job("a", prompt, 1), embedding("b", [prompt])),
+        (embedding("c", [[*prompt, 1] * 2]), job("d", [*prompt, 1] * 2, 1)),
+    ):
+        for one in (first, then):
+            desk.queue.add(one)
+            while not one.finished:
+                assert desk.step() is not None
+        assert first.sequences[0].cached_tokens == 0
+        # The worker has checked that every position of a text was computed.
+        cached = 0 if then.sequences[0].pooled else 64
+        assert then.sequences[0].cached_tokens == cached
+
+
+def test_a_text_may_fill_the_whole_cache() -> None:
+    desk = Desk(4, slots=2)
+    text = embedding("a", [[1] * 4 * BLOCK_TOKENS])
+    desk.queue.add(text)
+    assert desk.step() is not None
+    assert text.finished
+
+
+def test_texts_of_a_request_take_turns_with_jobs_that_start() -> None:
+    desk = Desk(400, slots=20, budget=8)
+    many = embedding("many", [[i] * 8 for i in range(20)])
+    desk.queue.add(many)
+    desk.step()
+    for i in range(3):
+        desk.queue.add(job(str(i), [i] * 8, 1))
+    order = []
+    while not many.finished:
+        plan = desk.step()
+        assert plan is not None
+        order += ["text"] * len(plan.embedded) + [s.job_key[1] for s in plan.sampled]
+    assert order[:6] == ["text", "0", "text", "1", "text", "2"]
+    assert order.count("text") == 19
 
 
 def test_a_long_prompt_does_not_stop_those_who_write() -> None:
@@ -274,11 +343,11 @@ def alone_without_end(prompt: list[int], new: int, seed: int) -> list[int]:
 def order(waiting: JobQueue) -> list[str]:
     expected = {j.id: position for j, position in waiting.positions()}
     served: list[str] = []
-    counts = {"story": 0, "chat": 0}
+    counts = {"story": 0, "chat": 0, "embedding": 0}
     while waiting.peek() is not None:
         popped = waiting.pop()
-        assert expected[popped.id] == counts[popped.request.kind], "positions tell the order"
-        counts[popped.request.kind] += 1
+        assert expected[popped.id] == counts[popped.kind], "positions tell the order"
+        counts[popped.kind] += 1
         served.append(popped.id)
     return served
 

@@ -13,10 +13,12 @@ from coordinator.session_files import export_session, import_session
 from coordinator.session_search import search
 from coordinator.session_tree import NewMessage, Shelf
 from coordinator.store import Database
+from coordinator.stories import write_story
 from shared.errors import InvalidRequestError, SessionNotFoundError
 from shared.messages import FinishReason, SamplingParams, Timings
 from shared.protocol import BadRequestError, decode_request
 from shared.session_messages import (
+    ConfigureSession,
     ContinueTurn,
     CreateSession,
     EditTurn,
@@ -27,6 +29,7 @@ from shared.session_messages import (
     SessionHit,
     SessionState,
     TurnRequest,
+    WriteStory,
 )
 
 T = TypeVar("T")
@@ -55,6 +58,14 @@ class Sessions:
         request = CreateSession(id="c", **{"kind": "chat", **wishes})  # type: ignore[arg-type]
         return self.call(lambda shelf: shelf.create(request))
 
+    def configure(self, session: int, **wishes: object) -> None:
+        request = ConfigureSession(id="c", session=session, **wishes)  # type: ignore[arg-type]
+        self.call(lambda shelf: shelf.configure(request))
+
+    def write(self, session: int, story: str) -> None:
+        request = WriteStory(id="w", session=session, text=story)
+        self.call(lambda shelf: write_story(shelf, request))
+
     def begin(self, request: TurnRequest) -> turns.BegunTurn:
         return self.call(lambda shelf: turns.begin(shelf, request))
 
@@ -71,7 +82,7 @@ class Sessions:
             prompt_tokens=5,
             completion_tokens=3,
         )
-        self.call(lambda shelf: turns.end(shelf, begun, new))
+        self.call(lambda shelf: turns.end(shelf, begun, [new]))
         return begun
 
     def send(self, session: int, said: str, answer: str) -> turns.BegunTurn:
@@ -102,6 +113,7 @@ class NaiveTree:
     def __init__(self) -> None:
         self.parent: dict[int, int | None] = {}
         self.content: dict[int, str] = {}
+        self.users: list[int] = []
         self.selected: dict[int | None, int | None] = {}
         self.leaves: list[int | None] = [None]
         self.step = 0
@@ -117,8 +129,10 @@ class NaiveTree:
             at = self.parent[at]
         return found[::-1]
 
-    def add(self, message: int, parent: int | None, content: str) -> None:
+    def add(self, message: int, parent: int | None, content: str, *, user: bool = False) -> None:
         self.parent[message], self.content[message] = parent, content
+        if user:
+            self.users.append(message)
 
     def siblings(self, message: int) -> list[int]:
         return [m for m, parent in self.parent.items() if parent == self.parent[message]]
@@ -159,7 +173,7 @@ def random_turn(sessions: Sessions, session: int, tree: NaiveTree, dice: random.
     """Any turn, with any end."""
     said, answer = f"said {len(tree.parent)}", f"answer {len(tree.parent)}"
     known = list(tree.parent)
-    users = [m for m in known if tree.content[m].startswith("said")]
+    users = tree.users
     request: TurnRequest
     match dice.choice(["send", "send", "edit", "regenerate"]):
         case "edit" if users:
@@ -184,29 +198,57 @@ def random_turn(sessions: Sessions, session: int, tree: NaiveTree, dice: random.
             del tree.leaves[tree.step + 1 :]  # it was a new choice, so there is no redo any more
         return
     if begun.user_message is not None:
-        tree.add(begun.user_message, parent, said)
+        tree.add(begun.user_message, parent, said, user=True)
         tree.choose(begun.user_message)
         parent = begun.user_message
     if ending == "answered":
-        new = NewMessage(role="assistant", content=answer)
-        message = sessions.call(lambda shelf: turns.end(shelf, begun, new))
-        tree.add(message, parent, answer)
+        contents = [f"{answer}, {index}" for index in range(dice.choice([1, 1, 3]))]
+        new = [NewMessage(role="assistant", content=content) for content in contents]
+        ids = sessions.call(lambda shelf: turns.end(shelf, begun, new))
+        for message, content in zip(ids, contents, strict=True):
+            tree.add(message, parent, content)
         if begun.user_message is None:
-            tree.choose(message)
+            tree.choose(ids[0])
         else:
-            tree.replace(message)
+            tree.replace(ids[0])
 
 
+def random_write(sessions: Sessions, session: int, tree: NaiveTree, dice: random.Random) -> None:
+    """The text as it is, cut anywhere or not at all, and then something new or nothing."""
+    path = tree.path()
+    whole = "".join(tree.content[m] for m in path)
+    text = whole[: dice.choice([len(whole), dice.randint(0, len(whole))])]
+    text += dice.choice(["", f" written {len(tree.parent)}"])
+    sessions.write(session, text)
+    assert "".join(sessions.path(session)) == text
+    ends = {len("".join(tree.content[m] for m in path[:n])): n for n in range(len(path) + 1)}
+    kept = max(end for end in ends if text[:end] == whole[:end] and end <= len(text))
+    leaf = path[ends[kept] - 1] if kept else None
+    if kept < len(text):
+        added = sessions.state(session).messages[-1].id
+        assert added not in tree.parent
+        tree.add(added, leaf, text[kept:], user=True)
+        leaf = added
+    if leaf != tree.leaf:
+        tree.choose(leaf)
+
+
+@pytest.mark.parametrize("kind", ["chat", "story"])
 @pytest.mark.parametrize("seed", range(6))
 def test_any_sequence_of_turns_and_moves_gives_the_right_path(
-    sessions: Sessions, seed: int
+    sessions: Sessions, seed: int, kind: str
 ) -> None:
-    dice, tree, session = random.Random(seed), NaiveTree(), sessions.create()
+    dice, tree, session = random.Random(seed), NaiveTree(), sessions.create(kind=kind)
+    moves = ["turn", "turn", "turn", "rollback", "branch", "undo", "redo", "configure", "write"]
     others = sessions.create(title="another")
     sessions.send(others, "not of this tree", "nor this")
     for _ in range(60):
         known = list(tree.parent)
-        match dice.choice(["turn", "turn", "turn", "rollback", "branch", "undo", "redo"]):
+        match dice.choice(moves):
+            case "write" if kind == "story":
+                random_write(sessions, session, tree, dice)
+            case "configure":
+                sessions.configure(session, title=f"title {len(known)}")
             case "rollback" if known:
                 target = dice.choice([None, *known])
                 sessions.call(lambda shelf, t=target: shelf.rollback(session, t))  # type: ignore[misc]
@@ -274,6 +316,54 @@ def test_a_story_is_its_pieces_one_after_the_other(sessions: Sessions) -> None:
     assert (job.prompt, job.messages) == ("Once upon a time there was", None)
 
 
+def test_writing_a_story_keeps_the_pieces_that_agree(sessions: Sessions) -> None:
+    session = sessions.create(kind="story")
+    sessions.write(session, "Once")
+    assert sessions.state(session).session.title == "Once"
+    sessions.turn(SendTurn(id="t", session=session), " upon a time")
+    kept = [message.id for message in sessions.state(session).messages]
+    sessions.write(session, "Once upon a time there")
+    assert sessions.path(session) == ["Once", " upon a time", " there"]
+    assert [message.id for message in sessions.state(session).messages][:2] == kept
+    sessions.write(session, "Once upon")
+    assert sessions.path(session) == ["Once", " upon"]
+    sessions.write(session, "Once")
+    assert [message.id for message in sessions.state(session).messages] == kept[:1]
+    for before in ("Once upon", "Once upon a time there", "Once upon a time", "Once", ""):
+        sessions.call(lambda shelf: shelf.undo(session, 1))
+        assert "".join(sessions.path(session)) == before
+    sessions.write(session, "")
+    assert not sessions.state(session).can_undo
+    assert sessions.state(session).can_redo
+
+
+def test_a_chat_is_not_written(sessions: Sessions) -> None:
+    session = sessions.create()
+    with pytest.raises(InvalidRequestError, match="write is for stories: edit changes"):
+        sessions.write(session, "Hello")
+    assert sessions.path(session) == []
+
+
+def test_several_answers_are_siblings_and_the_first_is_selected(sessions: Sessions) -> None:
+    session = sessions.create(params=SamplingParams(n=3))
+    begun = sessions.begin(SendTurn(id="t", session=session, text="hello"))
+    assert begun.job.params.n == 3
+    new = [
+        NewMessage(role="assistant", content="a", finish_reason="length"),
+        NewMessage(role="assistant", content="b", finish_reason="stop"),
+    ]
+    ids = sessions.call(lambda shelf: turns.end(shelf, begun, new))
+    assert sessions.path(session) == ["hello", "a"]
+    assert sessions.state(session).messages[-1].siblings == ids
+    job = sessions.begin(ContinueTurn(id="t", session=session)).job
+    assert (job.params.n, job.continue_last) == (1, True)
+    sessions.call(lambda shelf: shelf.branch(session, ids[1]))
+    assert sessions.path(session) == ["hello", "b"]
+    for _ in range(2):
+        sessions.call(lambda shelf: shelf.undo(session, 1))
+    assert sessions.path(session) == []
+
+
 def test_an_answer_that_was_cut_is_written_on(sessions: Sessions) -> None:
     session = sessions.create()
     sessions.turn(SendTurn(id="t", session=session, text="go"), "one two", "length")
@@ -326,6 +416,47 @@ def test_a_refused_turn_leaves_nothing(sessions: Sessions) -> None:
     assert msgspec.structs.replace(after, updated=before.updated) == before
     assert not sessions.state(session).can_undo
     assert sessions.search("long") == []
+
+
+def test_a_refused_turn_leaves_the_title_that_was_given_meanwhile(sessions: Sessions) -> None:
+    session = sessions.create()
+    begun = sessions.begin(SendTurn(id="t", session=session, text="too long"))
+    sessions.configure(session, title="Mine")
+    sessions.call(lambda shelf: turns.take_back(shelf, begun))
+    assert sessions.state(session).session.title == "Mine"
+
+
+def test_configuring_changes_what_is_given_and_nothing_else(sessions: Sessions) -> None:
+    params = SamplingParams(temperature=0)
+    session = sessions.create(title="a", model="demo", system="Be brief.", params=params)
+
+    def configured(**wishes: object) -> tuple[str, str | None, str | None, SamplingParams]:
+        sessions.configure(session, **wishes)
+        info = sessions.state(session).session
+        return info.title, info.model, info.system, info.params
+
+    assert configured(title="b") == ("b", "demo", "Be brief.", params)
+    assert configured(model=None) == ("b", None, "Be brief.", params)
+    assert configured(system="Sing.", model="other") == ("b", "other", "Sing.", params)
+    assert configured(params=SamplingParams(seed=3)) == (
+        "b",
+        "other",
+        "Sing.",
+        SamplingParams(seed=3),
+    )
+    assert configured(system=None) == ("b", "other", None, SamplingParams(seed=3))
+    job = sessions.begin(SendTurn(id="t", session=session, text="hi")).job
+    assert (job.model, job.params.seed, len(job.messages or [])) == ("other", 3, 1)
+
+
+def test_a_story_takes_no_system_prompt_later_either(sessions: Sessions) -> None:
+    session = sessions.create(kind="story", title="a")
+    with pytest.raises(InvalidRequestError, match="a story has no system prompt"):
+        sessions.configure(session, title="b", system="Be brief.")
+    assert sessions.state(session).session.title == "a"
+    sessions.configure(session, system=None)
+    with pytest.raises(BadRequestError, match="nothing to change"):
+        decode_request(msgspec.msgpack.encode({"op": "configure_session", "id": "c", "session": 1}))
 
 
 def test_the_title_is_the_first_thing_said_unless_one_is_given(sessions: Sessions) -> None:
@@ -399,7 +530,7 @@ def test_search_finds_words_in_messages_and_titles(sessions: Sessions) -> None:
     for nothing in ("roses tea", "!!!", "absent", " "):
         assert sessions.search(nothing) == []
     assert len(sessions.search("garden", limit=1)) == 1
-    sessions.call(lambda shelf: shelf.rename(one, "Cooking"))
+    sessions.configure(one, title="Cooking")
     assert [hit.session for hit in sessions.search("cooking")] == [one]
     assert sessions.search("gardening") == []
 
@@ -432,7 +563,7 @@ def test_an_owner_sees_only_his_own(sessions: Sessions, database: Database) -> N
     assert stranger.call(lambda shelf: shelf.page("p", 10, None)).sessions == []
     tries: list[Callable[[Shelf], object]] = [
         lambda shelf: shelf.state("g", session),
-        lambda shelf: shelf.rename(session, "mine"),
+        lambda shelf: shelf.configure(ConfigureSession(id="c", session=session, title="mine")),
         lambda shelf: shelf.delete(session),
         lambda shelf: shelf.rollback(session, None),
         lambda shelf: shelf.branch(session, 1),
@@ -471,7 +602,7 @@ def sessions_first(shelf: Shelf, session: int) -> int:
     [
         ({"leaf": 2}, "leaf is 2, but there are 2 messages"),
         ({"root": 1}, "root is 1, which has a parent"),
-        ({"params": {"n": 2}}, "n is 1"),
+        ({"params": {"echo": True}}, "echo is false"),
         ({"format": "something else"}, "something else"),
         ({"unknown": 1}, "unknown"),
     ],
@@ -491,8 +622,8 @@ def test_a_broken_export_is_refused(
     ("request_map", "said"),
     [
         ({"op": "create_session", "kind": "story", "system": "x"}, "a story has no system prompt"),
-        ({"op": "create_session", "kind": "chat", "params": {"n": 2}}, "n is 1"),
-        ({"op": "send", "session": 1, "text": "x", "params": {"echo": True}}, "echo false"),
+        ({"op": "continue", "session": 1, "params": {"n": 2}}, "n is 2, but continue"),
+        ({"op": "send", "session": 1, "text": "x", "params": {"echo": True}}, "echo is false"),
         ({"op": "edit", "session": 1, "message": 1, "text": ""}, "text"),
         ({"op": "rollback", "session": 1}, "message"),
         ({"op": "search", "text": "x", "limit": 0}, "limit"),

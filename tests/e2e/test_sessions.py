@@ -2,24 +2,34 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from client.zmq_client import AsyncClient, Client, JobCancelledError
-from shared.config import PROJECT_ROOT
 from shared.errors import (
     ContextLengthError,
     DatabaseError,
     InvalidRequestError,
+    ModelNotFoundError,
+    NotReadyError,
     SessionBusyError,
     SessionNotFoundError,
     SessionsOffError,
     WorkerLostError,
 )
-from shared.messages import Cancel, Cancelled, Done, Queued, SamplingParams, Started, Token
+from shared.messages import (
+    Cancel,
+    Cancelled,
+    Done,
+    Queued,
+    SamplingParams,
+    Started,
+    Token,
+)
 from shared.protocol import Event, decode_events, encode_request
 from shared.session_messages import (
     CreateSession,
@@ -29,57 +39,10 @@ from shared.session_messages import (
     SessionState,
     TurnStored,
 )
-from tests.e2e.server import Server, run_tpserve, wait_until
+from tests.e2e.server import Server, wait_until
+from tests.e2e.sessions import CHAT, greedy, path, say, start
 from tests.e2e.test_server import raw_socket
-from tests.postgres import Postgres, empty_schema
-
-CHAT = f"chat={PROJECT_ROOT / 'models' / 'demo-chat'}"
-
-
-def start(database_url: str) -> Server:
-    server = Server("--model", CHAT, "--database", database_url)
-    server.wait_ready()
-    return server
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the SQLite database."""
-    return tmp_path_factory.mktemp("sessions") / "tpserve.db"
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, file: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{file}"
-        return
-    with empty_schema(request.getfixturevalue("postgres_url")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def server(database_url: str) -> Iterator[Server]:
-    with start(database_url) as started:
-        yield started
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[Client]:
-    with Client(server.address) as connected:
-        yield connected
-
-
-def greedy(client: Client, **options: object) -> int:
-    """A new session without randomness."""
-    return client.sessions.create(temperature=0, max_tokens=60).session.id
-
-
-def say(client: Client, session: int, text: str) -> list[int]:
-    return client.sessions.send(session, text).result().token_ids
-
-
-def path(client: Client, session: int) -> list[str]:
-    return [message.content for message in client.sessions.get(session).messages]
+from tests.postgres import Postgres
 
 
 def test_what_one_user_keeps_is_not_found_by_others(client: Client) -> None:
@@ -152,7 +115,7 @@ def test_a_turn_tells_what_was_stored_before_its_last_event(client: Client) -> N
     assert isinstance(stream.end, Done)
     assert stream.stored is not None
     user, answer = client.sessions.get(session).messages
-    assert (user.id, answer.id) == (stream.stored.user_message, stream.stored.answer)
+    assert (user.id, answer.id) == (stream.stored.user_message, *stream.stored.answers)
     assert (user.role, user.content) == ("user", "Hello!")
     assert (answer.role, answer.content, answer.model) == ("assistant", stream.text, "chat")
     assert answer.timings == stream.end.timings
@@ -183,6 +146,44 @@ def test_a_story_goes_on_from_all_its_pieces(client: Client) -> None:
     assert plain.text == three
 
 
+def test_a_storys_text_can_be_written_anew(client: Client) -> None:
+    options = {"temperature": 0.0, "max_tokens": 8}
+    session = client.sessions.create("story", **options).session.id  # type: ignore[arg-type]
+    one = client.sessions.send(session, "Hello, my").result().text
+    client.sessions.write(session, f"Hello, my{one[:3]} dog")
+    assert path(client, session) == ["Hello, my", f"{one[:3]} dog"]
+    two = client.sessions.send(session).result().text
+    plain = client.story(f"Hello, my{one[:3]} dog", **options).result()  # type: ignore[arg-type]
+    assert two == plain.text
+    client.sessions.undo(session)
+    assert [m.content for m in client.sessions.undo(session).messages] == ["Hello, my", one]
+    with pytest.raises(InvalidRequestError, match="write is for stories"):
+        client.sessions.write(greedy(client), "Hello")
+
+
+def test_what_is_set_of_a_session_counts_from_the_next_turn_on(client: Client) -> None:
+    session = greedy(client)
+    say(client, session, "Hello!")
+    state = client.sessions.configure(session, params=SamplingParams(temperature=0, max_tokens=2))
+    assert state.session.params.max_tokens == 2
+    assert len(say(client, session, "How are you?")) == 2
+    client.sessions.configure(session, model="nobody")
+    with pytest.raises(ModelNotFoundError):
+        say(client, session, "And now?")
+    state = client.sessions.configure(session, model=None, system="You are a pirate.")
+    assert (state.session.model, state.session.system) == (None, "You are a pirate.")
+    expected = client.chat(
+        [
+            {"role": "system", "content": "You are a pirate."},
+            *({"role": m.role, "content": m.content} for m in state.messages),
+            {"role": "user", "content": "And now?"},
+        ],
+        temperature=0,
+        max_tokens=2,
+    )
+    assert say(client, session, "And now?") == expected.result().token_ids
+
+
 def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: Server) -> None:
     session = greedy(client)
     with Client(server.address) as other:
@@ -195,10 +196,13 @@ def test_while_an_answer_is_written_the_session_is_busy(client: Client, server: 
             lambda: other.sessions.send(session, "me too").result(),
             lambda: other.sessions.rollback(session, None),
             lambda: other.sessions.delete(session),
+            lambda: other.sessions.write(session, "me too"),
         ):
             with pytest.raises(SessionBusyError, match=f"session {session}: wait for its end"):
                 refused()
-        assert [m.content for m in other.sessions.get(session).messages] == ["Hello!"]
+        renamed = other.sessions.rename(session, "Meanwhile")
+        assert renamed.session.title == "Meanwhile"
+        assert [m.content for m in renamed.messages] == ["Hello!"]
         stream.cancel()
         list(events)
         with pytest.raises(JobCancelledError):
@@ -266,10 +270,15 @@ def test_an_event_loop_has_the_same_sessions(server: Server) -> None:
             session = (await client.sessions.create(temperature=0, max_tokens=20)).session.id
             stream = client.sessions.send(session, "Hello!")
             text = "".join([piece async for piece in stream])
+            await client.sessions.configure(session, title="In a loop")
+            story = (await client.sessions.create("story")).session.id
+            written = await client.sessions.write(story, "Once")
+            assert [message.content for message in written.messages] == ["Once"]
             return await client.sessions.get(session), text
 
     state, text = asyncio.run(converse())
     assert [message.content for message in state.messages] == ["Hello!", text]
+    assert state.session.title == "In a loop"
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -349,6 +358,68 @@ def test_everything_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
         assert "green" in both.text
 
 
+def kill(server: Server) -> None:
+    """The whole server at once, with kill -9."""
+    workers = server.workers()
+    server.process.kill()
+    server.process.wait(20)
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def check_against_a_fresh_session(client: Client, session: int) -> None:
+    """All answers on the path are greedy, and those that the same words get in a new session."""
+    expected = path(client, session)
+    fresh = greedy(client)
+    for said in expected[::2]:
+        say(client, fresh, said)
+    assert path(client, fresh) == expected
+    client.sessions.delete(fresh)
+
+
+def test_a_tree_is_walked_the_same_way_over_kills(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'tpserve.db'}"
+    question = "What is my name and my favourite colour?"
+    with start(url) as server, Client(server.address) as client:
+        session = greedy(client)
+        say(client, session, "Hello, my name is Ada.")
+        say(client, session, "My favourite colour is green.")
+        both = client.sessions.send(session, question).result()
+        assert "Ada" in both.text
+        assert "green" in both.text
+        check_against_a_fresh_session(client, session)
+        with_colour = client.sessions.get(session).messages
+        kill(server)
+    with start(url) as server, Client(server.address) as client:
+        assert client.sessions.get(session).messages == with_colour
+        client.sessions.rollback(session, with_colour[1].id)
+        without = client.sessions.send(session, question).result()
+        assert "green" not in without.text
+        knows = client.sessions.send(session, "What is my name?").result()
+        assert "Ada" in knows.text
+        check_against_a_fresh_session(client, session)
+        without_colour = client.sessions.get(session).messages
+        kill(server)
+    with start(url) as server, Client(server.address) as client:
+        other = client.sessions.regenerate(session, temperature=5, seed=5).result()
+        assert other.text != knows.text
+        back = client.sessions.branch(session, without_colour[-1].id).messages
+        assert [m.content for m in back] == [m.content for m in without_colour]
+        assert [len(m.siblings) for m in back] == [1, 1, 2, 1, 1, 2]
+        assert client.sessions.regenerate(session).result().token_ids == knows.token_ids
+        check_against_a_fresh_session(client, session)
+        kill(server)
+    with start(url) as server, Client(server.address) as client:
+        client.sessions.undo(session)
+        again = client.sessions.undo(session).messages[-1]
+        assert (again.content, again.position) == (other.text, 2)
+        coloured = client.sessions.branch(session, with_colour[2].id).messages
+        assert [m.content for m in coloured] == [m.content for m in with_colour]
+        assert client.sessions.regenerate(session).result().token_ids == both.token_ids
+        check_against_a_fresh_session(client, session)
+
+
 def test_stopping_the_server_keeps_what_was_written(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'tpserve.db'}"
     with start(url) as server, Client(server.address) as client:
@@ -357,7 +428,11 @@ def test_stopping_the_server_keeps_what_was_written(tmp_path: Path) -> None:
             session, "Hello!", temperature=1, seed=1, max_tokens=900, ignore_eos=True
         )
         next(event for event in stream.events() if isinstance(event, Token))
+        waiting = client.sessions.send(session, "me too", wait=True)
+        assert client.health().ready
         assert server.stop() == 0
+        with pytest.raises(NotReadyError):
+            waiting.result()
     with start(url) as server, Client(server.address) as client:
         messages = client.sessions.get(session).messages
         assert [m.role for m in messages] == ["user", "assistant"]
@@ -373,9 +448,13 @@ def test_a_lost_worker_leaves_the_partial_answer(tmp_path: Path) -> None:
         )
         events = stream.events()
         next(event for event in events if isinstance(event, Token))
+        waiting = client.sessions.send(session, "me too", wait=True)
+        assert client.health().ready
         server.workers()[0].kill()
         with pytest.raises(WorkerLostError):
             list(events)
+        with pytest.raises(WorkerLostError):
+            waiting.result()
         answer = client.sessions.get(session).messages[-1]
         assert (answer.role, answer.content, answer.partial) == ("assistant", stream.text, True)
 
@@ -401,7 +480,7 @@ def test_a_turn_that_is_cancelled_at_once_keeps_what_was_said(
     user = client.sessions.get(session).messages[0].id
     assert events == [
         Cancelled(id="c"),
-        TurnStored(id="t", session=session, user_message=user, answer=None),
+        TurnStored(id="t", session=session, user_message=user, answers=[]),
         Cancelled(id="t"),
     ]
     assert path(client, session) == ["Hello!"]
@@ -420,40 +499,6 @@ def test_an_id_that_is_in_use_is_refused(server: Server, client: Client) -> None
     socket.close()
 
 
-def test_the_commands_list_show_search_rename_copy_and_delete(
-    server: Server, client: Client, tmp_path: Path
-) -> None:
-    def tpserve(*arguments: str, stdin: str = "") -> str:
-        done = run_tpserve([*arguments, "--server", server.address], stdin)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    session = str(greedy(client))
-    chat = ("chat", "--session", session)
-    answers = tpserve(*chat, stdin="Hello, my name is Zebedee.\nWhat is my name?\n").splitlines()
-    assert "Zebedee" in answers[-1]
-    assert tpserve("chat", "--last", stdin="/undo\nWhat is my name?\n").strip() == answers[-1]
-    assert "Hello, my name is Zebedee." in tpserve("sessions", "list", "--limit", "1")
-    shown = tpserve("sessions", "show", session)
-    assert "user 2/2\nWhat is my name?" in shown
-    assert session in tpserve("sessions", "search", "zebedee").split()
-    tpserve("sessions", "rename", session, "Names")
-    file = str(tmp_path / "session.json")
-    tpserve("sessions", "export", session, file)
-    copy = tpserve("sessions", "import", file).strip()
-    assert client.sessions.export(int(copy)) == client.sessions.export(int(session))
-    assert client.sessions.get(int(copy)).session.title == "Names"
-    tpserve("sessions", "rm", session, copy)
-    for arguments, said in (
-        (["sessions", "show", copy], f"there is no session {copy}"),
-        (["sessions", "import", "/nowhere"], "/nowhere cannot be read: No such file"),
-        (["chat", "--session", copy, "--system", "x"], "leave out --model"),
-    ):
-        done = run_tpserve([*arguments, "--server", server.address])
-        assert done.returncode == 1
-        assert said in done.stderr
-
-
 def test_a_data_folder_that_cannot_be_used_costs_the_sessions_only(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -464,4 +509,6 @@ def test_a_data_folder_that_cannot_be_used_costs_the_sessions_only(tmp_path: Pat
             assert client.story("Hello", max_tokens=2).result().token_ids
             with pytest.raises(SessionsOffError, match="could not be opened"):
                 client.sessions.create("chat")
-        assert wait_until(lambda: any("no sessions are kept" in line for line in server.log), 5)
+        assert wait_until(
+            lambda: any("no sessions and no jobs are kept" in line for line in server.log), 5
+        )

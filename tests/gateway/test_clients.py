@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -24,7 +25,12 @@ def running(client: Client) -> int:
     return status.running + sum(status.queued.values())
 
 
-def raw_post(port: int, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+def raw_post(
+    port: int,
+    body: dict[str, Any],
+    receive_buffer: int | None = None,
+    path: str = "/v1/completions",
+) -> socket.socket:
     """Send a request over a plain socket; the answer is left unread."""
     connection = socket.socket()
     if receive_buffer is not None:
@@ -32,8 +38,9 @@ def raw_post(port: int, body: dict[str, Any], receive_buffer: int | None = None)
     connection.connect(("127.0.0.1", port))
     content = json.dumps(body).encode()
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(content) + content
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n".encode()
+        + content
     )
     return connection
 
@@ -184,3 +191,26 @@ def test_sigterm_lets_streams_finish_within_the_grace_period(address: str, grace
         assert wait_until(lambda: running(client) == 0, 10)
     gateway.stop()
     assert not any("Traceback" in line for line in gateway.log), gateway.log
+
+
+def test_a_request_id_leads_to_the_step_that_failed_under_it() -> None:
+    with (
+        Server("--workers", "2", "--threads-per-worker", "1", "--kv-memory", "64M") as server,
+        GatewayProcess(server.wait_ready()) as gateway,
+        gateway.http() as http,
+    ):
+        body = {**ENDLESS, "n": 64, "max_tokens": 400, "logprobs": 20}
+        headers = {"X-Request-Id": "find-me"}
+        with http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+            pieces = answer.iter_bytes()
+            next(pieces)
+            server.workers()[1].kill()
+            assert b"worker_lost" in b"".join(pieces)
+
+        def told() -> bool:
+            return any(
+                re.search(r"epoch 1, step \d+ of story was under way, with jobs find-me-", line)
+                for line in list(server.log)
+            )
+
+        assert wait_until(told, 10), "".join(server.log)

@@ -27,6 +27,7 @@ GREEDY = Sampling(temperature=0, top_k=0, top_p=1, seed=0)
 MAX_TOKENS = 512
 """Of one text, and of one step."""
 BLOCKS_PER_TEXT = 8
+MODEL = "m"
 
 Kind = Literal["local", "shm", "zmq", "gloo"]
 
@@ -204,6 +205,12 @@ class Model:
 
     def load(self, comm: Communicator, owned: list[range], threads: int, blocks: int) -> Ops:
         """On one rank, ready for steps."""
+        return self.runner(comm, owned, threads, blocks).model(MODEL).ops
+
+    def runner(
+        self, comm: Communicator, owned: list[range], threads: int, blocks: int, slots: int = 1
+    ) -> Runner:
+        """What runs plans for it on one rank; it is loaded as MODEL."""
         library = native_library()
         assert library is not None
         runner = Runner(
@@ -211,17 +218,16 @@ class Model:
         )
         runner.load(
             LoadModel(
-                model="m",
+                model=MODEL,
                 path=str(self.folder),
                 dtype=self.dtype,
                 kv_dtype=self.kv_dtype,
                 max_model_len=BLOCKS_PER_TEXT * BLOCK_TOKENS,
             )
         )
-        runner.allocate(AllocateKV(model="m", blocks=blocks, slots=1, tokens=MAX_TOKENS))
-        ops = runner._models["m"].ops
-        assert isinstance(ops, NativeOps), "computed by torch"
-        return ops
+        runner.allocate(AllocateKV(model=MODEL, blocks=blocks, slots=slots, tokens=MAX_TOKENS))
+        assert isinstance(runner.model(MODEL).ops, NativeOps), "computed by torch"
+        return runner
 
 
 def logits_of(
@@ -235,12 +241,12 @@ def logits_of(
 
     folder: for the addresses of communicators.
     """
-    place = folder / f"{setting.kind}-{next(_places)}"
+    place = new_place(folder, setting)
     tables = Tables(1 + max(itertools.chain(*(_tables_of(steps) for steps in schedules))))
     of_rank: dict[int, list[Logits]] = {}
 
     def job(comm: Communicator, owned: list[range]) -> None:
-        with _opened(setting.kind, comm, owned, place) as comm:
+        with opened(setting.kind, comm, owned, place) as comm:
             ops = model.load(comm, owned, setting.threads, tables.blocks)
             of_rank[comm.rank] = [run_schedule(ops, texts, tables, steps) for steps in schedules]
 
@@ -290,7 +296,7 @@ def _tables_of(steps: Sequence[Step]) -> set[int]:
 
 
 @contextlib.contextmanager
-def _opened(
+def opened(
     kind: Kind, comm: Communicator, owned: list[range], place: Path
 ) -> Iterator[Communicator]:
     """`comm` if it is of this kind, else another one in its place."""
@@ -314,6 +320,11 @@ def _opened(
 
 
 _places = itertools.count()
+
+
+def new_place(folder: Path, setting: Setting) -> Path:
+    """For the addresses of one group of ranks."""
+    return folder / f"{setting.kind}-{next(_places)}"
 
 
 def digest(logits: Floats) -> str:

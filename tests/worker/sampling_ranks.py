@@ -123,7 +123,7 @@ def _run_rank(
         before = comm.calls
         logits = np.stack([row.logits[mine] for row in batch.rows])
         sampled = sampler(
-            StepLogits(logits, best_of(logits)),
+            StepLogits(logits, best_of(logits), range(len(logits))),
             [row.sampling for row in batch.rows],
             [row.position for row in batch.rows],
             [row.slot for row in batch.rows],

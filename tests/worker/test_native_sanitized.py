@@ -34,9 +34,11 @@ from tests.worker.native_ranks import (
     write_checkpoint,
 )
 from tests.worker.rank_threads import run_ranks
+from tests.worker.test_head import COUNT, ROWS, Head, request, weights
 from worker.comm.base import Communicator
 from worker.native.api import isa_of, native_library
 from worker.native.build import build, parse_options
+from worker.native.sampling import Wanted
 from worker.native.toolchain import Compiler, find_compiler
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -134,8 +136,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_no_kernel_touches_what_is_not_its_own(with_asan: Sanitized) -> None:
-    tests = [f"tests/worker/{name}.py" for name in ("test_kernels", "test_one_arithmetic")]
-    chosen = "accuracy or empty or gone or window and int8"
+    tests = [
+        f"tests/worker/{name}.py" for name in ("test_kernels", "test_one_arithmetic", "test_head")
+    ]
+    chosen = "accuracy or empty or gone or window and int8 or tells or sampler_chooses"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     run = with_asan.run("-m", "pytest", *options, *tests)
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
@@ -216,6 +220,16 @@ def threads(folder: Path) -> None:
         for setting in (Setting(1, 2), Setting(2, 2, "shm"), Setting(3, 1, "shm")):
             for _ in range(3):
                 logits_of(model, TEXTS, [steps], setting, folder)
+    for world in (1, 2):
+        run_ranks(world, ask_the_head)
+
+
+def ask_the_head(comm: Communicator, owned: list[range]) -> None:
+    """Every kind of answer, put together from what two threads find."""
+    head = Head(comm, owned, weights(5003), threads=2)
+    wanted = Wanted.of([request(row) for row in range(ROWS)], COUNT)
+    for _ in range(3):
+        head.run(range(ROWS), wanted).made_whole(range(ROWS))
 
 
 def race(folder: Path) -> None:

@@ -402,7 +402,7 @@ def test_the_runner_penalises_tokens_that_no_plan_has_named_yet(runner: Runner) 
         first = SequenceStep(1, 0, [*prompt, *earlier], blocks, s, history(prompt, earlier))
         later = SequenceStep(1, len(prompt + earlier) + step - 1, [], blocks, s)
         plan = StepPlan(epoch=1, step=step, model="m", sequences=[first if step == 0 else later])
-        sampled = runner.step(plan)
+        sampled = runner.step(plan).sampled
         (logprobs,) = sampled.logprobs
         assert logprobs is not None
         assert logprobs.chosen <= logprobs.top[0][1]
@@ -423,7 +423,7 @@ def test_steps_that_share_a_plan_sample_as_steps_with_plans_of_their_own(runner:
             SequenceStep(i, 0, prompts[i], blocks[i], sampling[i], history(prompts[i], []))
             for i in range(2)
         ]
-        found = [runner.step(StepPlan(epoch=1, step=0, model="m", sequences=starts))]
+        found = [runner.step(StepPlan(epoch=1, step=0, model="m", sequences=starts)).sampled]
         done = 0
         for count in passes:
             further = [
@@ -431,7 +431,7 @@ def test_steps_that_share_a_plan_sample_as_steps_with_plans_of_their_own(runner:
                 for i in range(2)
             ]
             plan = StepPlan(epoch=1, step=1, model="m", sequences=further, passes=count)
-            found.append(runner.step(plan))
+            found.append(runner.step(plan).sampled)
             done += count
         return found
 

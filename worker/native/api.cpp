@@ -34,9 +34,23 @@ struct OwnedWeight {
     size_t bytes;
 };
 
+// buffer: -1 if there is none. exchanged: the roots of all ranks are added up instead.
+Delta delta_of(const Program* program, int32_t buffer, int32_t exchanged, const int32_t* roots_per_rank,
+               const int32_t* additions, int32_t addition_count) {
+    Delta delta;
+    delta.buffer = buffer;
+    delta.exchanged = exchanged != 0;
+    if (delta.exchanged) {
+        memcpy(delta.roots_per_rank, roots_per_rank, program->collective()->world() * sizeof(int32_t));
+        memcpy(delta.additions, additions, addition_count * 2 * sizeof(int32_t));
+        delta.addition_count = addition_count;
+    }
+    return delta;
+}
+
 }  // namespace
 
-TPS_API int32_t tps_abi_version() { return 6; }
+TPS_API int32_t tps_abi_version() { return 8; }
 
 // The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
@@ -139,10 +153,18 @@ TPS_API void tps_kv_copy(KVMemory* kv, int32_t source, int32_t target) { kv->cop
 // values, columns: [rows][count]
 TPS_API void tps_top(const float* logits, size_t stride, int32_t rows, int32_t size, int32_t count,
                      float* values, int64_t* columns) {
-    const auto pool = std::make_unique<int32_t[]>(4 * size_t(count));
-    for (int row = 0; row < rows; ++row)
-        kernels()->top(logits + row * stride, size, count, values + size_t(row) * count,
-                       columns + size_t(row) * count, pool.get());
+    const auto pool = std::make_unique<Candidate[]>(4 * size_t(count));
+    for (int row = 0; row < rows; ++row) {
+        Top top{pool.get(), count};
+        kernels()->add_to_top(logits + row * stride, size, 0, top);
+        std::vector<Candidate> found(top.pool, top.pool + top.held);
+        keep_best(found, count);
+        for (int i = 0; i < count; ++i) {
+            const bool is_there = i < int(found.size());
+            values[size_t(row) * count + i] = is_there ? found[i].logit : -INFINITY;
+            columns[size_t(row) * count + i] = is_there ? found[i].column : 0;
+        }
+    }
 }
 
 // out: [rows][shards][2], for the logits [shard_starts[s], shard_starts[s] + shard_lengths[s])
@@ -150,18 +172,30 @@ TPS_API void tps_softmax_sums(const float* logits, size_t stride, int32_t rows, 
                               const int64_t* shard_starts, const int64_t* shard_lengths, int32_t shards,
                               double* out) {
     for (int row = 0; row < rows; ++row)
-        for (int s = 0; s < shards; ++s)
-            kernels()->softmax_sum(logits + row * stride + shard_starts[s], int(shard_lengths[s]),
-                                   temperature[row], out + 2 * (size_t(row) * shards + s));
+        for (int s = 0; s < shards; ++s, out += 2) {
+            SoftmaxSum sum(temperature[row]);
+            for (int64_t first = 0; first < shard_lengths[s]; first += kVocabularyChunk) {
+                const int count = int(std::min<int64_t>(kVocabularyChunk, shard_lengths[s] - first));
+                double chunk[2];
+                kernels()->softmax_sum(logits + row * stride + shard_starts[s] + first, count,
+                                       temperature[row], chunk);
+                sum.add(chunk);
+            }
+            out[0] = sum.highest();
+            out[1] = sum.total();
+        }
 }
 
-// best: [rows][2], on entry the column to start with, on return the best score and its column
+// best: [rows][2], the best score and its column
 TPS_API void tps_gumbel_best(const float* logits, size_t stride, int32_t rows, int32_t size,
                              const double* temperature, const uint64_t* keys, uint64_t first_id,
                              double* best) {
-    for (int row = 0; row < rows; ++row)
-        kernels()->gumbel_best(logits + row * stride, size, temperature[row], keys[row], first_id,
-                               int(best[2 * row + 1]), best + 2 * row);
+    for (int row = 0; row < rows; ++row) {
+        best[2 * row] = -INFINITY;
+        best[2 * row + 1] = 0;
+        kernels()->gumbel_best(logits + row * stride, size, temperature[row], keys[row], first_id, 0,
+                               best + 2 * row);
+    }
 }
 
 // --- programs -------------------------------------------------------------------------------------
@@ -188,25 +222,33 @@ TPS_API void tps_program_embed(Program* program, const void* table, int32_t form
     program->add(std::move(op));
 }
 
-// delta: -1 if there is none. exchanged: the roots of all ranks are added up instead of a delta.
+// delta, exchanged: see delta_of.
 TPS_API void tps_program_add_norm(Program* program, int32_t x, int32_t delta, int32_t out,
                                   const float* weight, int32_t count, float eps, int32_t of_logits,
                                   int32_t exchanged, const int32_t* roots_per_rank,
                                   const int32_t* additions, int32_t addition_count) {
     auto op = std::make_unique<AddNorm>();
     op->x = x;
-    op->delta = delta;
+    op->delta = delta_of(program, delta, exchanged, roots_per_rank, additions, addition_count);
     op->out = out;
     op->weight = weight;
     op->count = count;
     op->eps = eps;
     op->of_logits = of_logits != 0;
-    op->exchanged = exchanged != 0;
-    if (op->exchanged) {
-        memcpy(op->roots_per_rank, roots_per_rank, program->collective()->world() * sizeof(int32_t));
-        memcpy(op->additions, additions, addition_count * 2 * sizeof(int32_t));
-        op->addition_count = addition_count;
-    }
+    program->add(std::move(op));
+}
+
+// Behind the add_norm of the same x and delta, which has exchanged the roots.
+TPS_API void tps_program_sum_hidden(Program* program, int32_t x, int32_t delta, const float* weight,
+                                    int32_t count, float eps, int32_t exchanged,
+                                    const int32_t* roots_per_rank, const int32_t* additions,
+                                    int32_t addition_count) {
+    auto op = std::make_unique<SumHidden>();
+    op->x = x;
+    op->delta = delta_of(program, delta, exchanged, roots_per_rank, additions, addition_count);
+    op->weight = weight;
+    op->count = count;
+    op->eps = eps;
     program->add(std::move(op));
 }
 
@@ -220,10 +262,12 @@ TPS_API void tps_program_linear(Program* program, int32_t target, int32_t in, co
     program->add(std::move(op));
 }
 
-TPS_API void tps_program_best(Program* program, int32_t columns) {
-    auto op = std::make_unique<Best>();
-    op->columns = columns;
-    program->add(std::move(op));
+// shard_lengths: rows of the weight by virtual shard; first_id: token id of the first row.
+TPS_API void tps_program_head(Program* program, int32_t in, const OwnedWeight* weight, uint64_t first_id,
+                              const int32_t* shard_lengths, int32_t shards) {
+    program->add(std::make_unique<Head>(in, weight->weight, first_id,
+                                        std::vector<int32_t>(shard_lengths, shard_lengths + shards),
+                                        program->threads()));
 }
 
 TPS_API void tps_program_add_bias(Program* program, int32_t x, const float* bias) {

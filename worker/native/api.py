@@ -5,7 +5,7 @@ Everything that the library makes belongs to a Python object here, which gives i
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from shared.errors import ConfigError
 from shared.worker_messages import SequenceStep
 from worker.native.library import load_library
+from worker.native.sampling import HeadAnswer, Wanted
 
 GROUP = 32
 """Consecutive inputs of a weight that share a scale; inputs are filled up to whole groups."""
@@ -30,6 +31,7 @@ FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TORCH_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Int32s = npt.NDArray[np.int32]
+Float64s = npt.NDArray[np.float64]
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -68,8 +70,15 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(_INT, _INT, _POINTER, _POINTER, _INT),
         ),
     ),
+    "tps_program_sum_hidden": (
+        None,
+        (
+            *(_POINTER, _INT, _INT, _POINTER, _INT, ctypes.c_float),
+            *(_INT, _POINTER, _POINTER, _INT),
+        ),
+    ),
     "tps_program_linear": (None, (_POINTER, _INT, _INT, _POINTER, _INT)),
-    "tps_program_best": (None, (_POINTER, _INT)),
+    "tps_program_head": (None, (_POINTER, _INT, _POINTER, ctypes.c_uint64, _POINTER, _INT)),
     "tps_program_add_bias": (None, (_POINTER, _INT, _POINTER)),
     "tps_program_rope_store": (
         None,
@@ -229,15 +238,26 @@ class _Step(ctypes.Structure):
         ("ids", ctypes.c_void_p),
         ("sequences", ctypes.c_void_p),
         ("logit_rows", ctypes.c_void_p),
+        ("wanted", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
+        ("top_count", ctypes.c_int32),
+        ("top", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("logit_stride", ctypes.c_size_t),
-        ("best", ctypes.c_void_p),
+        ("pooled", ctypes.c_void_p),
+        ("pooled_count", ctypes.c_int32),
     )
 
 
 _SEQUENCE = np.dtype(
     [("first", "i4"), ("count", "i4"), ("start", "i4"), ("padding", "i4"), ("blocks", "u8")]
 )
+_POOLED = np.dtype([("first", "i4"), ("count", "i4"), ("sum", "u8")])
+
+
+_NOTHING: npt.NDArray[np.float64] = np.empty((0, 0, 0))
+_NO_LOGITS: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
 
 
 class StepArrays:
@@ -252,24 +272,25 @@ class StepArrays:
         self._table = np.empty(0, dtype=np.int32)
         self._table_address = 0
         self._logit_rows = np.empty(0, dtype=np.int32)
-        self._logits = np.empty(0, dtype=np.float32)
         self._best = np.empty((0, 2))
 
     def fill(
         self,
         sequences: Sequence[SequenceStep],
         last_tokens: npt.NDArray[np.int64],
-        logit_columns: int,
+        sums: Mapping[int, Float64s],
         *,
         every_token: bool = False,
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """Describes a step. Returns where its logits [B, logit_columns] and their best [B, 2] will be.
+    ) -> int:
+        """Describes a step. Returns B, how many rows of logits it has.
 
+        sums: by slot, where hidden states of sequences whose mean is wanted are added.
         every_token: B are all tokens of the step, not the last ones of sequences that want a token.
         """
         ids: list[int] = []
         rows: list[tuple[int, int, int, int, int]] = []
         logit_rows: list[int] = []
+        pooled: list[tuple[int, int, int]] = []
         table = b"".join([s.blocks for s in sequences])
         self._reserve(len(sequences), len(table) // 4)
         at = self._table_address
@@ -283,6 +304,8 @@ class StepArrays:
             at += len(s.blocks)
             if s.sampling is not None:
                 logit_rows.append(len(ids) - 1)
+            if s.pooled:
+                pooled.append((first, len(ids) - first, sums[s.slot].ctypes.data))
         if every_token:
             logit_rows = list(range(len(ids)))
         tokens, wanted = len(ids), len(logit_rows)
@@ -294,17 +317,32 @@ class StepArrays:
         self._ids[:tokens] = ids
         self._rows[: len(rows)] = rows
         self._logit_rows[:wanted] = logit_rows
-        if wanted * logit_columns > self._logits.size or wanted > len(self._best):
-            self._logits = np.empty(2 * wanted * logit_columns, dtype=np.float32)
-            self._best = np.empty((2 * wanted, 2))
-            self._struct.logits = self._logits.ctypes.data
-            self._struct.best = self._best.ctypes.data
         step = self._struct
         self.tokens = step.tokens = tokens
         step.sequence_count, step.logit_count = len(rows), wanted
-        step.logit_stride = logit_columns
-        logits = self._logits[: wanted * logit_columns].reshape(wanted, logit_columns)
-        return logits, self._best[:wanted]
+        self._pooled = np.array(pooled, dtype=_POOLED)
+        step.pooled, step.pooled_count = self._pooled.ctypes.data, len(pooled)
+        return wanted
+
+    def ask(self, wanted: Wanted, shards: int, columns: int) -> HeadAnswer:
+        """Says what is wanted of the rows of logits, and where the library is to put it.
+
+        shards: virtual shards that hold tokens. columns: of a whole row.
+        """
+        step, rows, whole = self._struct, len(wanted.rows), wanted.whole
+        if rows > len(self._best):
+            self._best = np.empty((2 * rows, 2))
+            self._struct.best = self._best.ctypes.data
+        top = sums = _NOTHING
+        if wanted.count:
+            top, sums = np.empty((rows, 2, wanted.count)), np.empty((rows, shards, 2))
+            step.top, step.sums = top.ctypes.data, sums.ctypes.data
+        logits = _NO_LOGITS
+        if whole:
+            logits = np.empty((len(whole), columns), dtype=np.float32)
+            step.logits, step.logit_stride = logits.ctypes.data, columns
+        step.wanted, step.top_count = wanted.address, wanted.count
+        return HeadAnswer(self._best[:rows], top, sums, logits)
 
     def _reserve_tokens(self, tokens: int) -> None:
         if tokens > self._capacity:

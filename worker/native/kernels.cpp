@@ -167,7 +167,8 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
             for (int m = 0; m < MT; ++m)
                 if (weight.root[s] >= 0)
                     store(out.y + weight.root[s] * out.root_stride +
-                              (token + m) * out.token_stride + (block + b * apart) * kRowBlock,
+                              (token + m) * out.token_stride + (block + b * apart) * kRowBlock -
+                              out.first_row,
                           acc[b][m]);
                 else
                     store(stack[top][b][m], acc[b][m]);
@@ -685,7 +686,8 @@ void pack_block(const Weight& weight, int block, const float* rows) {
 extern const Kernels kernels;
 const Kernels kernels = {
     TPS_STRING(TPS_LEVEL), kTileTokens, linear, rms_norm, swiglu, quantize,
-    add_tree, rope, store_kv, attention, embed, best, top, softmax_sum, gumbel_best, pack_block,
+    add_tree, rope, store_kv, attention, embed, best, add_to_top, softmax_sum, gumbel_best,
+    pack_block,
 };
 
 }  // namespace tps::TPS_LEVEL

@@ -14,7 +14,7 @@ from pathlib import Path
 from shared.errors import ConfigError
 from worker.native.build import LIBRARY, SOURCES, Options, is_current
 
-ABI_VERSION = 6
+ABI_VERSION = 8
 """What tps_abi_version() of a library must return; raised with every change to its functions."""
 
 _REMEDY = "make it again (python -m worker.native.build) or do without (TPSERVE_KERNELS=torch)"

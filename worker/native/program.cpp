@@ -10,6 +10,7 @@ namespace tps {
 namespace {
 
 constexpr size_t kSlackFloats = 64;  // vectors may read, not use, what lies behind the last row
+constexpr size_t kChunkStride = kVocabularyChunk + kRowBlock;  // rows do not meet in few cache sets
 
 // This thread's part of `count` things: [begin, end).
 struct Part {
@@ -139,6 +140,7 @@ int Program::run(const Step& step, int first) {
     int stopped = kDone;
     const std::function<void(int)> operations = [&](int thread) {
         for (size_t i = first; i < ops_.size(); ++i) {
+            if (!ops_[i]->wanted(step)) continue;
             ops_[i]->run(*this, step, thread);
             // Read before the barrier, behind which thread 0 may already be in the next exchange.
             const bool lost = lost_ >= 0;
@@ -167,9 +169,24 @@ void Embed::run(Program& program, const Step& step, int thread) {
     }
 }
 
-void AddNorm::run(Program& program, const Step& step, int thread) {
-    Collective* collective = program.collective();
+void Delta::add_to(float* row, Program& program, const Step& step, int token, int size) const {
+    const float* terms[kMaxRoots];
+    int term_count = 0;
     if (exchanged) {
+        const Collective* collective = program.collective();
+        for (int rank = 0; rank < collective->world(); ++rank) {
+            const float* roots = reinterpret_cast<const float*>(collective->posted_buffer(rank));
+            for (int root = 0; root < roots_per_rank[rank]; ++root)
+                terms[term_count++] = roots + (size_t(root) * step.tokens + token) * size;
+        }
+    } else if (buffer >= 0) {
+        terms[term_count++] = program.floats(buffer) + size_t(token) * size;
+    }
+    if (term_count) program.kernels().add_tree(row, terms, term_count, additions, addition_count, size);
+}
+
+void AddNorm::run(Program& program, const Step& step, int thread) {
+    if (delta.exchanged) {
         if (thread == 0) program.exchange();
         program.barrier();
     }
@@ -177,30 +194,41 @@ void AddNorm::run(Program& program, const Step& step, int thread) {
     const int size = program.width(x);
     const Part part(rows, thread, program.threads());
     const Activations normed = program.activations(out, rows);
-    const float* terms[kMaxRoots];
     for (int i = part.begin; i < part.end; ++i) {
         const int token = of_logits ? step.logit_rows[i] : i;
         float* row = program.floats(x) + size_t(token) * size;
-        int term_count = 0;
-        if (exchanged) {
-            for (int rank = 0; rank < collective->world(); ++rank) {
-                const float* roots = reinterpret_cast<const float*>(collective->posted_buffer(rank));
-                for (int root = 0; root < roots_per_rank[rank]; ++root)
-                    terms[term_count++] = roots + (size_t(root) * step.tokens + token) * size;
-            }
-        } else if (delta >= 0) {
-            terms[term_count++] = program.floats(delta) + size_t(token) * size;
-        }
-        if (term_count)
-            program.kernels().add_tree(row, terms, term_count, additions, addition_count, size);
+        delta.add_to(row, program, step, token, size);
         float* to = program.floats(out) + size_t(i) * size;
         program.kernels().rms_norm(row, weight, size, count, eps, to);
         quantize_token(program, normed, program.weight_offset(out), i);
     }
 }
 
+void SumHidden::run(Program& program, const Step& step, int thread) {
+    const int size = program.width(x);
+    for (int i = 0; i < step.pooled_count; ++i) {
+        const Pooled& pooled = step.pooled[i];
+        const Part part(pooled.count, thread, program.threads());
+        for (int token = pooled.first + part.begin; token < pooled.first + part.end; ++token) {
+            float* row = program.floats(x) + size_t(token) * size;
+            delta.add_to(row, program, step, token, size);
+            program.kernels().rms_norm(row, weight, size, count, eps, row);
+        }
+    }
+    program.barrier();
+    const Part part(count, thread, program.threads());
+    for (int i = 0; i < step.pooled_count; ++i) {
+        const Pooled& pooled = step.pooled[i];
+        for (int token = pooled.first; token < pooled.first + pooled.count; ++token) {
+            const float* row = program.floats(x) + size_t(token) * size;
+            for (int column = part.begin; column < part.end; ++column)
+                pooled.sum[column] += row[column];
+        }
+    }
+}
+
 void Linear::run(Program& program, const Step& step, int thread) {
-    const int tokens = target == kLogits ? step.logit_count : step.tokens;
+    const int tokens = step.tokens;
     if (tokens == 0) return;
     const size_t width = round_up(weight->rows, kRowBlock);
     Output to{nullptr, size_t(tokens) * width, width};
@@ -208,19 +236,9 @@ void Linear::run(Program& program, const Step& step, int thread) {
         case kBuffer:
         case kHost: to.y = program.floats(out); break;
         case kPeers: to.y = reinterpret_cast<float*>(program.collective()->next_buffer()); break;
-        case kLogits:
-            to.y = step.logits;
-            to.token_stride = step.logit_stride;
-            break;
     }
     const Part part(weight->row_blocks, thread, program.threads());
     program.kernels().linear(*weight, program.activations(in, tokens), to, part.begin, part.end);
-}
-
-void Best::run(Program& program, const Step& step, int thread) {
-    const Part part(step.logit_count, thread, program.threads());
-    for (int row = part.begin; row < part.end; ++row)
-        program.kernels().best(step.logits + row * step.logit_stride, columns, step.best + 2 * row);
 }
 
 void AddBias::run(Program& program, const Step& step, int thread) {
@@ -298,6 +316,138 @@ void SwiGLU::run(Program& program, const Step& step, int thread) {
         if (offset)
             program.kernels().quantize(row, token, group, end, groups, tiling, offset, a.quantized);
         i += end - group;
+    }
+}
+
+// --- the head -------------------------------------------------------------------------------------
+
+void SoftmaxSum::add(const double chunk[2]) {
+    if (chunk[0] > highest_) {
+        total_ = total_ * std::exp((highest_ - chunk[0]) / temperature_) + chunk[1];
+        highest_ = chunk[0];
+    } else if (chunk[0] > -INFINITY) {
+        total_ += chunk[1] * std::exp((chunk[0] - highest_) / temperature_);
+    }
+}
+
+void keep_best(std::vector<Candidate>& candidates, size_t count) {
+    if (candidates.size() > count) {
+        const auto better = [](const Candidate& a, const Candidate& b) {
+            return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
+        };
+        std::nth_element(candidates.begin(), candidates.begin() + count, candidates.end(), better);
+        candidates.resize(count);
+    }
+    std::sort(candidates.begin(), candidates.end(),
+              [](const Candidate& a, const Candidate& b) { return a.column < b.column; });
+}
+
+Head::Head(Buffer in, const Weight& weight, uint64_t first_id, std::vector<int32_t> shard_lengths,
+           int threads)
+    : in_(in), weight_(weight), first_id_(first_id), shards_(int(shard_lengths.size())), shares_(threads) {
+    int first = 0;
+    for (int shard = 0; shard < shards_; ++shard) {
+        const int end = first + shard_lengths[shard];
+        for (; first < end; first += chunks_.back().count)
+            chunks_.push_back({first, std::min(kVocabularyChunk, end - first), shard});
+    }
+}
+
+void Head::begin(Share& share, const Step& step, int chunks) {
+    const size_t rows = step.logit_count, room = 4 * size_t(step.top_count);
+    share.logits.resize(std::max(share.logits.size(), rows * kChunkStride));
+    share.rows.assign(rows, {{-INFINITY, 0}, {-INFINITY, 0}, {nullptr, step.top_count}});
+    if (step.top_count == 0) return;
+    share.pool.resize(std::max(share.pool.size(), rows * room));
+    share.sums.resize(std::max(share.sums.size(), 2 * rows * chunks));
+    for (size_t row = 0; row < rows; ++row) share.rows[row].top.pool = share.pool.data() + row * room;
+}
+
+void Head::look(const Kernels& kernels, const Wanted& wanted, const Chunk& chunk, const float* logits,
+                Finding& finding, double sums[2]) {
+    kernels.best(logits, chunk.count, chunk.first, finding.best);
+    if (wanted.what == Wanted::kNoisyBest)
+        kernels.gumbel_best(logits, chunk.count, wanted.temperature, wanted.key, first_id_ + chunk.first,
+                            chunk.first, finding.noisy);
+    if (wanted.what == Wanted::kTop || wanted.what == Wanted::kTopAndSums)
+        kernels.add_to_top(logits, chunk.count, chunk.first, finding.top);
+    if (wanted.what == Wanted::kTopAndSums)
+        kernels.softmax_sum(logits, chunk.count, wanted.temperature, sums);
+}
+
+void Head::run(Program& program, const Step& step, int thread) {
+    const int rows = step.logit_count;
+    if (rows == 0) return;
+    const Part mine(int(chunks_.size()), thread, program.threads());
+    Share& share = shares_[thread];
+    begin(share, step, mine.end - mine.begin);
+    const Activations activations = program.activations(in_, rows);
+    double* sums = share.sums.data();
+    for (int i = mine.begin; i < mine.end; ++i) {
+        const Chunk& chunk = chunks_[i];
+        const Output to{share.logits.data(), 0, kChunkStride, chunk.first};
+        program.kernels().linear(weight_, activations, to, chunk.first / kRowBlock,
+                                 (chunk.first + chunk.count + kRowBlock - 1) / kRowBlock);
+        for (int row = 0; row < rows; ++row, sums += 2) {
+            const float* logits = share.logits.data() + row * kChunkStride;
+            const Wanted& wanted = step.wanted[row];
+            look(program.kernels(), wanted, chunk, logits, share.rows[row], sums);
+            if (wanted.what == Wanted::kWhole)
+                std::copy_n(logits, chunk.count,
+                            step.logits + wanted.whole * step.logit_stride + chunk.first);
+        }
+    }
+    program.barrier();
+    const Part part(rows, thread, program.threads());
+    for (int row = part.begin; row < part.end; ++row) finish(step, row);
+}
+
+// Puts together what the threads have found, in the order of their chunks.
+void Head::finish(const Step& step, int row) {
+    const Wanted::What what = step.wanted[row].what;
+    double best[2] = {-INFINITY, 0}, noisy[2] = {-INFINITY, 0};
+    for (const Share& share : shares_) {
+        const Finding& found = share.rows[row];
+        // NaN counts as the highest; the first among equals, which is the one that was found before.
+        if (!std::isnan(best[0]) && !(found.best[0] <= best[0])) std::copy_n(found.best, 2, best);
+        if (found.noisy[0] > noisy[0]) std::copy_n(found.noisy, 2, noisy);
+    }
+    const bool take_noisy = what == Wanted::kNoisyBest && std::isfinite(best[0]);
+    std::copy_n(take_noisy ? noisy : best, 2, step.best + 2 * row);
+    if (what == Wanted::kTop || what == Wanted::kTopAndSums) finish_top(step, row);
+    if (what == Wanted::kTopAndSums) finish_sums(step, row);
+}
+
+void Head::finish_top(const Step& step, int row) {
+    std::vector<Candidate> found;
+    for (const Share& share : shares_) {
+        const Top& top = share.rows[row].top;
+        found.insert(found.end(), top.pool, top.pool + top.held);
+    }
+    keep_best(found, step.top_count);
+    double* logits = step.top + 2 * size_t(row) * step.top_count;
+    double* ids = logits + step.top_count;
+    std::fill_n(logits, step.top_count, -INFINITY);
+    std::fill_n(ids, step.top_count, 0.0);
+    for (size_t i = 0; i < found.size(); ++i) {
+        logits[i] = double(found[i].logit);
+        ids[i] = double(first_id_ + found[i].column);
+    }
+}
+
+// Of a row that is not finite: sums of nothing.
+void Head::finish_sums(const Step& step, int row) {
+    std::vector<SoftmaxSum> sums(shards_, SoftmaxSum(step.wanted[row].temperature));
+    const int threads = int(shares_.size()), rows = step.logit_count;
+    for (int thread = 0; thread < threads && step.best[2 * row] < INFINITY; ++thread) {
+        const Part part(int(chunks_.size()), thread, threads);
+        const double* found = shares_[thread].sums.data() + 2 * row;
+        for (int i = part.begin; i < part.end; ++i, found += 2 * rows) sums[chunks_[i].shard].add(found);
+    }
+    for (int shard = 0; shard < shards_; ++shard) {
+        double* out = step.sums + 2 * (size_t(row) * shards_ + shard);
+        out[0] = sums[shard].highest();
+        out[1] = sums[shard].total();
     }
 }
 

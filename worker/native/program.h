@@ -1,6 +1,7 @@
 // A forward pass as a list of operations, recorded once and run for every step without coming back.
 #pragma once
 
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -11,15 +12,36 @@
 
 namespace tps {
 
+// Consecutive tokens of a step whose hidden states are added up.
+struct Pooled {
+    int32_t first, count;
+    double* sum;  // [hidden]
+};
+
+// What the sampler asks about one row of logits: the best one; the best with noise (if the best one is
+// finite); some of the best, and the softmax sums by virtual shard; or the logits themselves.
+struct Wanted {
+    enum What : int32_t { kBest, kNoisyBest, kTop, kTopAndSums, kWhole } what;
+    int32_t whole;       // index of the row among the whole ones
+    double temperature;  // of noise and sums
+    uint64_t key;        // of noise
+};
+
 // What is different from step to step.
 struct Step {
     int32_t tokens, sequence_count, logit_count;
     const int32_t* ids;         // [tokens]
     const Sequence* sequences;  // [sequence_count]; their tokens follow each other in the batch
     const int32_t* logit_rows;  // [logit_count]: the tokens whose successors are wanted
-    float* logits;              // [logit_count][logit_stride]
-    size_t logit_stride;
+    const Wanted* wanted;       // [logit_count]
     double* best;               // [logit_count][2]: the highest of each row's logits and its column
+    int32_t top_count;
+    double* top;                // [logit_count][2][top_count]: logits, -inf where there are no more; ids
+    double* sums;               // [logit_count][shards][2]: see SoftmaxSum
+    float* logits;              // of whole rows, [whole rows][logit_stride]
+    size_t logit_stride;
+    const Pooled* pooled;       // [pooled_count]; none of their tokens is a logit row
+    int32_t pooled_count;
 };
 
 // Keys and values of one model on this rank.
@@ -38,6 +60,23 @@ class KVMemory {
     std::vector<KVLayer> layers_;
     Memory memory_;
 };
+
+// The highest of a shard's logits, and the sum of exp((logit - highest) / temperature), from those of its
+// chunks, in their order.
+class SoftmaxSum {
+  public:
+    explicit SoftmaxSum(double temperature) : temperature_(temperature) {}
+    void add(const double chunk[2]);
+    double highest() const { return highest_; }
+    double total() const { return total_; }
+
+  private:
+    const double temperature_;
+    double highest_ = -INFINITY, total_ = 0;
+};
+
+// The best `count` of some candidates, by column; fewer if there are not so many.
+void keep_best(std::vector<Candidate>& candidates, size_t count);
 
 using Buffer = int;  // index of a buffer of a program
 
@@ -61,6 +100,8 @@ class Program {
         virtual void run(Program& program, const Step& step, int thread) = 0;
         // Whether the host has to do something before the next operation.
         virtual bool stops() const { return false; }
+        // Whether the step has work for it.
+        virtual bool wanted(const Step&) const { return true; }
     };
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 
@@ -118,34 +159,87 @@ struct Embed : Program::Op {
     void run(Program&, const Step&, int thread) override;
 };
 
-// x += delta (if there is one); out = norm of x. With a collective delta are the roots of all ranks,
-// which are exchanged first.
-struct AddNorm : Program::Op {
-    Buffer x, delta = -1, out;
-    bool exchanged = false, of_logits = false;
-    const float* weight;
-    int count;  // numbers of a row; those behind them are 0
-    float eps;
+// What is added to the residual stream: a buffer, the roots that all ranks have posted, or nothing.
+struct Delta {
+    Buffer buffer = -1;
+    bool exchanged = false;
     int roots_per_rank[kMaxRoots];
     int addition_count = 0;
     int32_t additions[kMaxRoots][2];
+    // row [size] of the stream += that of the token
+    void add_to(float* row, Program&, const Step&, int token, int size) const;
+};
+
+// x += delta; out = norm of x. Roots are exchanged first.
+struct AddNorm : Program::Op {
+    Buffer x, out;
+    Delta delta;
+    bool of_logits = false;
+    const float* weight;
+    int count;  // numbers of a row; those behind them are 0
+    float eps;
     void run(Program&, const Step&, int thread) override;
+};
+
+// sum += norm of (x + delta) for each pooled token, in the order of their positions, so that neither
+// chunks nor threads change a bit. Roots were exchanged before; the rows of x are lost.
+struct SumHidden : Program::Op {
+    Buffer x;
+    Delta delta;
+    const float* weight;
+    int count;  // numbers of a row
+    float eps;
+    void run(Program&, const Step&, int thread) override;
+    bool wanted(const Step& step) const override { return step.pooled_count > 0; }
 };
 
 // out [T][out's width] = in times weight transposed; `to_peers`: its roots [root][T][rows] go where the
 // next exchange takes them from; `to_host`: they stay in `out`, and the host adds them up.
 struct Linear : Program::Op {
-    enum Target { kBuffer, kPeers, kHost, kLogits } target;
+    enum Target { kBuffer, kPeers, kHost } target;
     Buffer in, out = -1;
     const Weight* weight;
     void run(Program&, const Step&, int thread) override;
     bool stops() const override { return target == kHost; }
 };
 
-// The best of the step's logits.
-struct Best : Program::Op {
-    int columns;
+// What is wanted of logits = in times weight transposed. They are made and looked at chunk by chunk, each
+// within a virtual shard, whatever rank and thread it falls to.
+class Head : public Program::Op {
+  public:
+    // shard_lengths: rows of the weight by virtual shard.
+    Head(Buffer in, const Weight& weight, uint64_t first_id, std::vector<int32_t> shard_lengths,
+         int threads);
     void run(Program&, const Step&, int thread) override;
+
+  private:
+    struct Chunk {
+        int first, count, shard;
+    };
+    // What one thread has found out about a row in its chunks.
+    struct Finding {
+        double best[2], noisy[2];
+        Top top;
+    };
+    struct Share {
+        std::vector<float> logits;
+        std::vector<Finding> rows;
+        std::vector<Candidate> pool;
+        std::vector<double> sums;  // [its chunks][rows][2]
+    };
+    void begin(Share& share, const Step& step, int chunks);
+    void look(const Kernels& kernels, const Wanted& wanted, const Chunk& chunk, const float* logits,
+              Finding& finding, double sums[2]);
+    void finish(const Step& step, int row);
+    void finish_top(const Step& step, int row);
+    void finish_sums(const Step& step, int row);
+
+    const Buffer in_;
+    const Weight& weight_;
+    const uint64_t first_id_;
+    const int shards_;
+    std::vector<Chunk> chunks_;
+    std::vector<Share> shares_;  // of each thread, in the order of their chunks
 };
 
 // x [T] += bias

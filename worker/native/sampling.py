@@ -1,6 +1,8 @@
 """What sampling needs of rows of logits, by the native library: definitions in worker/sampling/."""
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,55 @@ Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
+BEST, NOISY_BEST, TOP, TOP_AND_SUMS, WHOLE = range(5)
+"""What can be wanted of a row of logits: its best one; the best one with noise, if the best is finite;
+so many of its best ones; these and its softmax sums; or the logits as they are."""
+
+_ROW = np.dtype([("what", "i4"), ("whole", "i4"), ("temperature", "f8"), ("key", "u8")])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of each of B rows of logits: struct Wanted of program.h."""
+
+    rows: npt.NDArray[np.void]
+    """[B]"""
+    whole: Sequence[int] = ()
+    """Those whose logits are wanted, ascending."""
+    count: int = 0
+    """Of the best ones; 0 if no row wants them."""
+    address: int = field(init=False)
+    """Where the rows are."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", self.rows.ctypes.data)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, float, int]], count: int = 0) -> "Wanted":
+        """rows: what, the temperature of noise or sums, the key of noise."""
+        filled: list[tuple[int, int, float, int]] = []
+        whole: list[int] = []
+        for row, (what, temperature, key) in enumerate(rows):
+            filled.append((what, len(whole), temperature, key))
+            if what == WHOLE:
+                whole.append(row)
+        return cls(np.array(filled, dtype=_ROW), whole, count)
+
+
+@dataclass(frozen=True)
+class HeadAnswer:
+    """What was wanted of B rows of logits; where something was not, it is not there or anything."""
+
+    best: Doubles
+    """[B, 2]: the best logit, or the best with noise, and its column."""
+    top: Doubles
+    """[B, 2, count]: the best logits, -inf where there are no more, and their token ids, which ascend."""
+    sums: Doubles
+    """[B, virtual shards, 2]: the highest, and the sum of exp((logit - highest) / temperature)."""
+    logits: Floats
+    """[whole rows, columns]"""
+
+
 class NativeRows:
     """Works on rows of logits [R, M] float32, whose elements stand side by side."""
 
@@ -17,7 +68,10 @@ class NativeRows:
         self._library = library
 
     def top(self, logits: Floats, count: int) -> tuple[Floats, Ints]:
-        """The `count` highest of each row and their columns, which ascend: [R, count] each."""
+        """The `count` highest of each row and their columns, which ascend: [R, count] each.
+
+        Without NaN and +inf; a row with fewer fills up with -inf.
+        """
         rows, size = logits.shape
         values = np.empty((rows, count), dtype=np.float32)
         columns = np.empty((rows, count), dtype=np.int64)
@@ -52,14 +106,12 @@ class NativeRows:
         temperature: Doubles,
         keys: npt.NDArray[np.uint64],
         first_id: int,
-        columns: Doubles,
     ) -> Doubles:
         """The highest logit / temperature + noise of each row and its column: [R, 2].
 
-        temperature, keys: [R, 1]; columns [R]: of a high logit of each row, which speeds it up.
+        temperature, keys: [R, 1].
         """
         best = np.empty((len(logits), 2))
-        best[:, 1] = columns
         temperature = np.ascontiguousarray(temperature, dtype=np.float64)
         keys = np.ascontiguousarray(keys)
         self._library.tps_gumbel_best(

@@ -15,6 +15,7 @@ constexpr int kRowBlock = 16;
 constexpr int kBlockTokens = 16;       // of KV memory; BLOCK_TOKENS in shared/messages.py
 constexpr int kMaxSegments = 256;      // virtual shards of one rank
 constexpr int kMaxRoots = 64;          // subtrees of all ranks
+constexpr int kVocabularyChunk = 512;  // logits that are looked at together, of one virtual shard
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
@@ -74,10 +75,26 @@ struct Activations {
     int32_t tokens, groups;
 };
 
-// Where a linear writes: y[root * root_stride + token * token_stride + row].
+// Where a linear writes: y[root * root_stride + token * token_stride + row - first_row].
 struct Output {
     float* y;
     size_t root_stride, token_stride;
+    int first_row = 0;
+};
+
+// A token that may be chosen, by its column among the rank's logits.
+struct Candidate {
+    float logit;
+    int32_t column;
+};
+
+// The best `count` of the logits so far are among the `held` ones of the pool, which has room for
+// 4 * count. Once there have been so many, all higher than `least` are.
+struct Top {
+    Candidate* pool;
+    int32_t count, held = 0;
+    float least = 0;
+    bool full = false;
 };
 
 // Keys and values of one layer: for each KV head all blocks; keys [block][head_dim][16 positions],
@@ -156,12 +173,11 @@ struct Kernels {
     void (*attention)(const KVLayer&, const AttentionArgs&, int thread, int threads);
     void (*embed)(const void* table, Format format, int64_t row, int size, float* out);
     // See sampling.h.
-    void (*best)(const float* logits, int size, double best[2]);
-    void (*top)(const float* logits, int size, int count, float* values, int64_t* columns,
-                int32_t* pool);
+    void (*best)(const float* logits, int size, int first, double best[2]);
+    void (*add_to_top)(const float* logits, int size, int first, Top& top);
     void (*softmax_sum)(const float* logits, int size, double temperature, double out[2]);
     void (*gumbel_best)(const float* logits, int size, double temperature, uint64_t key,
-                        uint64_t first_id, int start, double best[2]);
+                        uint64_t first_id, int first, double best[2]);
     // Packs one row block from rows [16][groups * 32].
     void (*pack_block)(const Weight&, int block, const float* rows);
 };

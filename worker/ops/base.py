@@ -6,20 +6,24 @@ and passes their results on without looking inside: torch computes at each call,
 records the calls once and runs them all with every step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 from shared.worker_messages import SequenceStep
 from worker.comm.base import Floats
-from worker.sampling.vocabulary import Ints, StepLogits
+from worker.native.sampling import Wanted
+from worker.sampling.vocabulary import Doubles, Ints, StepLogits
 
 Value = Any
 """What flows between operations: a tensor, or the name of a recorded buffer. T tokens of a step."""
 Weight = Any
 """A weight in the form that its `Ops` wants."""
+NO_SUMS: Mapping[int, Doubles] = MappingProxyType({})
+"""Of a step in which no sequence's hidden states are wanted."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,17 @@ class Ops(Protocol):
     def table(self, rows: torch.Tensor) -> Weight:
         """The embedding [vocabulary, hidden], a mapped file that is not copied."""
 
-    def weight(self, source: Source, *, head_dim: int | None = None, head: bool = False) -> Weight:
+    def weight(
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
+    ) -> Weight:
         """A weight [N, K] whose outputs are this rank's.
 
-        head_dim: its outputs are attention heads of so many numbers. head: they are logits.
+        head_dim: its outputs are attention heads of so many numbers. token_ids: they are the logits of
+        these tokens, by virtual shard.
         """
 
     def row_weight(
@@ -127,7 +138,10 @@ class Ops(Protocol):
         """x + delta, and y / sqrt(mean(y^2) + eps) * weight of that (Zhang & Sennrich 2019)."""
 
     def final_norm(self, x: Value, delta: Value, weight: Weight, eps: float) -> Value:
-        """The same for the B tokens whose successors are wanted: [B, hidden]."""
+        """The same for the B tokens whose successors are wanted: [B, hidden].
+
+        Of the step's sequences with `pooled` the norms of all tokens are added to their sums.
+        """
 
     def linear(self, x: Value, weight: Weight) -> Value:
         """x [T, K] times weight [N, K] transposed: [T, N]."""
@@ -169,12 +183,20 @@ class Ops(Protocol):
         """Copy a KV block in every layer."""
 
     def run(
-        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: Ints,
+        wanted: Wanted | None = None,
+        sums: Mapping[int, Doubles] = NO_SUMS,
+        *,
+        every_token: bool = False,
     ) -> StepLogits:
         """One forward pass: logits [B, own tokens] of the sequences that want a token.
 
-        last_tokens: by slot, for sequences that bring no tokens. every_token: logits [T, own tokens]
-        after every token of the step instead. Raises CommError.
+        last_tokens: by slot, for sequences that bring no tokens. wanted: of each row; more may be
+        given. None: all logits. sums: by slot, [hidden], to which the normed hidden states of
+        sequences with `pooled` are added, token by token. every_token: logits [T, own tokens] after
+        every token of the step instead. Raises CommError.
         """
 
     @property

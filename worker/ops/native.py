@@ -7,10 +7,10 @@ with another communicator it comes back at each collective.
 """
 
 import ctypes
+import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,14 @@ from worker.native.api import (
     int32s,
     made,
 )
-from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source
-from worker.sampling.vocabulary import Ints, StepLogits
+from worker.native.sampling import BEST, WHOLE, HeadAnswer, Wanted
+from worker.ops.base import NO_SUMS, HeadLayout, HeadNorms, RopeTable, Source
+from worker.sampling.vocabulary import Doubles, Ints, StepLogits
 from worker.shard_cache import ShardCache
 
 _KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 _INT8_SCALE_BYTES = 4
-_TO_BUFFER, _TO_PEERS, _TO_HOST, _TO_LOGITS = range(4)
+_TO_BUFFER, _TO_PEERS, _TO_HOST = range(3)
 _DONE = -1
 
 
@@ -55,7 +56,7 @@ def why_not_native(config: ModelConfig) -> str | None:
     return None
 
 
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Value:
     """What an operation writes: a row of floats for each token of the step."""
 
@@ -66,7 +67,7 @@ class Value:
     weight_offset: int | None = None
     """Of the weight it is multiplied with, and quantised for; None: it is no linear's input."""
     in_buffer: bool = True
-    """Otherwise it is in the communicator's shared memory, or among the logits."""
+    """Otherwise it is in the communicator's shared memory, or looked at and forgotten."""
 
 
 class Recorder:
@@ -161,7 +162,9 @@ class NativeOps:
         self._take: Callable[[Floats], None] | None = None
         self._buffers: dict[Value, int] = {}
         self._arrays = StepArrays()
+        self._token_ids: dict[Matrix, list[range]] = {}
         self._head: Matrix | None = None
+        self._head_operation = 0
 
     # --- loading ---
 
@@ -177,7 +180,13 @@ class NativeOps:
         """See Ops."""
         return rows
 
-    def weight(self, source: Source, *, head_dim: int | None = None, head: bool = False) -> Matrix:
+    def weight(
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
+    ) -> Matrix:
         """See Ops."""
 
         def read() -> torch.Tensor:
@@ -192,8 +201,12 @@ class NativeOps:
         if head_dim is not None:
             rows = rows // head_dim * _filled_head(head_dim)
         # Sixteen levels are few for logits, which decide between tokens of like probability.
+        head = token_ids is not None
         dtype = "int8" if head and self._dtype == "int4" else self._dtype
-        return self._pack(read, rows, dtype, [source.columns], [0], [0])
+        matrix = self._pack(read, rows, dtype, [source.columns], [0], [0])
+        if token_ids is not None:
+            self._token_ids[matrix] = [ids for ids in token_ids if ids]
+        return matrix
 
     def row_weight(
         self, source: Source, widths: Sequence[int], *, head_dim: int | None = None
@@ -298,7 +311,18 @@ class NativeOps:
 
     def final_norm(self, x: Value, delta: Value, weight: torch.Tensor, eps: float) -> Value:
         """See Ops."""
-        return self._norm(x, delta, weight, eps, of_logits=True)
+        out = self._norm(x, delta, weight, eps, of_logits=True)
+        self._call(
+            "sum_hidden",
+            x,
+            delta if delta.in_buffer else -1,
+            weight.data_ptr(),
+            x.columns,
+            eps,
+            not delta.in_buffer,
+            *self._roots,
+        )
+        return out
 
     def _norm(
         self, x: Value, delta: Value | None, weight: torch.Tensor, eps: float, *, of_logits: bool
@@ -314,12 +338,19 @@ class NativeOps:
             eps,
             of_logits,
             delta is not None and not delta.in_buffer,
-            self._roots_per_rank.ctypes.data,
-            self._additions.ctypes.data,
-            len(self._additions) // 2,
+            *self._roots,
             keep=[weight],
         )
         return out
+
+    @property
+    def _roots(self) -> tuple[int, int, int]:
+        """How many each rank posts, and which are added to which: addresses, and the number of pairs."""
+        return (
+            self._roots_per_rank.ctypes.data,
+            self._additions.ctypes.data,
+            len(self._additions) // 2,
+        )
 
     def linear(self, x: Value, weight: Matrix) -> Value:
         """See Ops."""
@@ -396,15 +427,23 @@ class NativeOps:
 
     def logits(self, x: Value, head: Matrix) -> Value:
         """See Ops."""
-        self._head = head
-        out = Value(head.padded_rows, head.rows, in_buffer=False)
-        self._linear(_TO_LOGITS, x, head, out)
-        self._call("best", head.rows)
-        return out
+        self._head, self._head_operation = head, self._operations
+        self._multiply(x, head)
+        ids = self._token_ids[head]
+        first_id, lengths = ids[0].start if ids else 0, int32s([len(shard) for shard in ids])
+        self._call(
+            *("head", x, head.handle, first_id, lengths.ctypes.data, len(lengths)),
+            keep=[head, lengths],
+        )
+        return Value(head.padded_rows, head.rows, in_buffer=False)
 
-    def _linear(self, target: int, x: Value, weight: Matrix, out: Value) -> Value:
+    def _multiply(self, x: Value, weight: Matrix) -> None:
+        """The value becomes a weight's input."""
         assert x.weight_offset in (None, weight.weight_offset), "quantised for one kind of weight"
         x.weight_offset = weight.weight_offset
+
+    def _linear(self, target: int, x: Value, weight: Matrix, out: Value) -> Value:
+        self._multiply(x, weight)
         buffer = out if out.in_buffer else -1
         self._call("linear", target, x, weight.handle, buffer, keep=[weight])
         return out
@@ -421,15 +460,36 @@ class NativeOps:
         self._library.tps_kv_copy(self._kv, source, target)
 
     def run(
-        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: Ints,
+        wanted: Wanted | None = None,
+        sums: Mapping[int, Doubles] = NO_SUMS,
+        *,
+        every_token: bool = False,
     ) -> StepLogits:
         """See Ops."""
         assert self._head is not None, "allocate comes before steps"
-        arrays = self._arrays
-        logits, best = arrays.fill(
-            sequences, last_tokens, self._head.padded_rows, every_token=every_token
-        )
-        at = 0
+        rows = self._arrays.fill(sequences, last_tokens, sums, every_token=every_token)
+        if wanted is None:
+            wanted = Wanted.of([(WHOLE, 1, 0)] * rows)
+        assert len(wanted.rows) == rows, "one for each row of logits"
+        found = self._run(wanted, 0)
+        columns = self._head.rows
+
+        def again(whole: Sequence[int]) -> Floats:
+            # What the head works on is there until the next step.
+            what = [(WHOLE if row in whole else BEST, 1.0, 0) for row in range(rows)]
+            return self._run(Wanted.of(what), self._head_operation).logits[:, :columns]
+
+        logits = found.logits[:, :columns]
+        return StepLogits(logits, found.best, wanted.whole, found.top, found.sums, again)
+
+    def _run(self, wanted: Wanted, at: int) -> HeadAnswer:
+        """The operations from `at` on."""
+        assert self._head is not None, "allocate comes before steps"
+        arrays, head = self._arrays, self._head
+        found = arrays.ask(wanted, len(self._token_ids[head]), head.padded_rows)
         while (at := self._library.tps_program_run(self._program, arrays.address, at)) != _DONE:
             if at < _DONE:
                 raise self._comm.lost(-2 - at, "all-reduce")
@@ -437,7 +497,7 @@ class NativeOps:
                 self._hand_out(*self._probed_after[at], arrays.tokens)
             else:
                 self._reduce_on_host(*self._roots_after[at], arrays.tokens)
-        return StepLogits(logits[:, : self._head.rows], best)
+        return found
 
     def _reduce_on_host(self, value: Value, roots: int, tokens: int) -> None:
         """The rest of an all-reduce: the total takes the place of the first root."""

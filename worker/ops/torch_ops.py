@@ -4,7 +4,7 @@ Activations are float32 [T, ...] between operations; products take their inputs 
 dtype. torch picks kernels by shape, so results may differ in the last bits between batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,9 @@ from shared.messages import BLOCK_TOKENS
 from shared.worker_messages import SequenceStep
 from worker.comm.base import Communicator, Floats
 from worker.kv_cache import KVCache, block_bytes
-from worker.ops.base import HeadLayout, HeadNorms, RopeTable, Source
-from worker.sampling.vocabulary import Ints, StepLogits, best_of
+from worker.native.sampling import Wanted
+from worker.ops.base import NO_SUMS, HeadLayout, HeadNorms, RopeTable, Source
+from worker.sampling.vocabulary import Doubles, Ints, StepLogits, best_of
 
 _UPCAST_ROWS = 32
 """From so many rows on a CPU without 16-bit matrix instructions does better in float32 (5632 x 2048,
@@ -62,6 +63,8 @@ class StepInput:
     decode: DecodeBatch | None
     logit_rows: torch.Tensor
     """[B] int64: the tokens whose successors are wanted."""
+    pooled: tuple[tuple[slice, Doubles], ...]
+    """Rows of the batch whose hidden states are added up, and where: [hidden]."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,11 @@ class TorchOps:
         return rows
 
     def weight(
-        self, source: Source, *, head_dim: int | None = None, head: bool = False
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        token_ids: Sequence[range] | None = None,
     ) -> torch.Tensor:
         """See Ops."""
         return self._count(source.read().to(self._dtype))
@@ -180,6 +187,9 @@ class TorchOps:
         self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """See Ops."""
+        for span, total in self._now.pooled:
+            hidden = rms_norm(x[span] + delta[span], weight, eps)
+            total += hidden.double().sum(0).numpy()
         rows = self._now.logit_rows
         return rms_norm(x[rows] + delta[rows], weight, eps)
 
@@ -251,23 +261,34 @@ class TorchOps:
 
     @torch.inference_mode()
     def run(
-        self, sequences: Sequence[SequenceStep], last_tokens: Ints, *, every_token: bool = False
+        self,
+        sequences: Sequence[SequenceStep],
+        last_tokens: Ints,
+        wanted: Wanted | None = None,
+        sums: Mapping[int, Doubles] = NO_SUMS,
+        *,
+        every_token: bool = False,
     ) -> StepLogits:
         """See Ops."""
         assert self._forward is not None, "allocate comes before steps"
-        self._step = prepare(sequences, last_tokens, self._window, every_token)
+        self._step = prepare(sequences, last_tokens, self._window, sums, every_token)
         logits: Floats = self._forward().numpy()
-        return StepLogits(logits, best_of(logits))
+        return StepLogits(logits, best_of(logits), range(len(logits)))
 
 
 def prepare(
-    sequences: Sequence[SequenceStep], last_tokens: Ints, window: int | None, every_token: bool
+    sequences: Sequence[SequenceStep],
+    last_tokens: Ints,
+    window: int | None,
+    sums: Mapping[int, Doubles],
+    every_token: bool,
 ) -> StepInput:
     """The tensors of one forward pass."""
     ids, positions, places, logit_rows = [], [], [], []
     prefill: list[PrefillSpan] = []
     decode_rows: list[int] = []
     decode_places: list[Ints] = []
+    pooled: list[tuple[slice, Doubles]] = []
     row = 0
     for s in sequences:
         tokens = s.tokens or [int(last_tokens[s.slot])]
@@ -281,6 +302,8 @@ def prepare(
             decode_places.append(context)
         else:
             prefill.append(PrefillSpan(row, count, s.start, torch.from_numpy(context)))
+        if s.pooled:
+            pooled.append((slice(row, row + count), sums[s.slot]))
         row += count
         if s.sampling is not None:
             logit_rows.append(row - 1)
@@ -293,6 +316,7 @@ def prepare(
         prefill=tuple(prefill),
         decode=_decode_batch(decode_rows, decode_places, window) if decode_rows else None,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        pooled=tuple(pooled),
     )
 
 

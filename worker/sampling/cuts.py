@@ -23,7 +23,12 @@ def is_cut(sampling: Sampling) -> bool:
 
 def temperatures(sampling: Sequence[Sampling]) -> Doubles:
     """What logits are to be divided by: [R, 1]."""
-    return np.array([[max(s.temperature, _LOWEST_TEMPERATURE)] for s in sampling])
+    return np.array([[temperature_of(s)] for s in sampling])
+
+
+def temperature_of(sampling: Sampling) -> float:
+    """What logits are to be divided by."""
+    return max(sampling.temperature, _LOWEST_TEMPERATURE)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ _WORD = (1 << 64) - 1
 
 def noise_keys(sampling: Sequence[Sampling], positions: Sequence[int]) -> Keys:
     """What the noise of each row depends on besides the token id: [R, 1]."""
-    keys = [
-        [_mix(_mix(s.seed) + (position + 1) * _GOLDEN_GAMMA)]
-        for s, position in zip(sampling, positions, strict=True)
-    ]
+    keys = [[noise_key(s, position)] for s, position in zip(sampling, positions, strict=True)]
     return np.array(keys, dtype=np.uint64)
+
+
+def noise_key(sampling: Sampling, position: int) -> int:
+    """What the noise of one row depends on besides the token id."""
+    return _mix(_mix(sampling.seed) + (position + 1) * _GOLDEN_GAMMA)
 
 
 def perturb(scores: Doubles, keys: Keys, ids: Ints) -> None:

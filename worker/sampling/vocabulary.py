@@ -4,8 +4,8 @@ Logits never leave a rank as they are, but for the few rows that `whole_rows` is
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,38 @@ class StepLogits:
     """What a forward pass gives the sampler; valid until the next one."""
 
     logits: Floats
-    """[B, own tokens]"""
+    """[W, own tokens]"""
     best: Doubles
-    """[B, 2]: the highest of each row and its column, the first among equals; NaN is the highest."""
+    """[B, 2]: the highest of each row and its column, the first among equals; NaN is the highest. Of
+    rows without logits the one that is wanted, which may be that with noise."""
+    whole: Sequence[int]
+    """W of the B rows, ascending: those whose logits are there."""
+    top: Doubles = field(default_factory=lambda: np.empty((0, 0, 0)))
+    """[B, 2, count]: what `candidates` gives, of rows without logits."""
+    sums: Doubles = field(default_factory=lambda: np.empty((0, 0, 0)))
+    """[B, virtual shards that hold tokens, 2]: what `partial_sums` gives, likewise."""
+    again: Callable[[Sequence[int]], Floats] | None = None
+    """Logits of rows that have none here, ascending."""
+
+    def rows(self, rows: Sequence[int]) -> Floats:
+        """Logits [R, own tokens] of some rows, ascending, that have them; no copy if it is all of these."""
+        if len(rows) == len(self.whole):
+            return self.logits
+        return self.logits[np.searchsorted(self.whole, rows)]
+
+    def made_whole(self, rows: Sequence[int]) -> Floats:
+        """Logits [R, own tokens] of any rows, ascending."""
+        missing = [row for row in rows if row not in self.whole]
+        if not missing:
+            return self.rows(rows)
+        assert self.again is not None, "rows without logits can be computed again"
+        if len(missing) == len(rows):
+            return self.again(missing)
+        logits = np.empty((len(rows), self.logits.shape[1]), dtype=np.float32)
+        there = np.isin(rows, self.whole)
+        logits[there] = self.rows([row for row in rows if row in self.whole])
+        logits[~there] = self.again(missing)
+        return logits
 
 
 class Vocabulary:

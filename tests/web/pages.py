@@ -1,0 +1,66 @@
+"""The server of the page's tests, and what they do with the page again and again."""
+
+import re
+import socket
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from tests.e2e.server import Server
+
+
+class WebServer:
+    """`tpserve serve` whose sessions and address outlive it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._arguments = (
+            *("--workers", "2", "--threads-per-worker", "1"),
+            *("--http", f"127.0.0.1:{port}", "--database", f"sqlite:///{folder / 'tpserve.db'}"),
+        )
+        self.url = f"http://127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        """Return when it answers."""
+        self.process = Server(*self._arguments)
+        self.address = self.process.wait_ready()
+        assert self.process.http_url() == self.url
+
+
+def say(page: Page, text: str) -> str:
+    """Send a message and wait for its whole answer; its text."""
+    before = page.get_by_label("Answer", exact=True).count()
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+    answers = page.get_by_label("Answer", exact=True)
+    expect(answers).to_have_count(before + 1)
+    wait_idle(page)
+    return answers.last.locator(".markdown").inner_text()
+
+
+def wait_idle(page: Page) -> None:
+    """Until no turn runs."""
+    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
+
+
+def wait_written(page: Page, selector: str) -> None:
+    """Until some words are there; looks at every frame, for the demo models are done in seconds."""
+    # Not wait_for_function: it would need eval, which the page's Content-Security-Policy forbids.
+    page.evaluate(
+        """selector => new Promise(written => {
+            const look = () => document.querySelector(selector)?.textContent.trim().length > 8
+                ? written() : requestAnimationFrame(look);
+            look();
+        })""",
+        selector,
+    )
+
+
+def session_of(page: Page) -> int:
+    """The id in the page's address."""
+    found = re.search(r"#/(?:chat|story)/(\d+)", page.url)
+    assert found, page.url
+    return int(found[1])

@@ -1,0 +1,253 @@
+"""How fast one process of this machine computes and exchanges: what `coordinator/machine.py` asks.
+
+    python -m worker.probe
+
+Says {"kernels": ...} and then answers each line of standard input, a JSON object, with another one;
+several of these processes that are asked at once measure what they leave each other.
+
+    {"weight": "int8", "bytes": N, "threads": 1}   -> {}; makes a weight of so many bytes
+    {"rows": 8}          -> {"seconds": ...} for multiplying that many rows of activations with it
+    {"ranks": CommSetup, "region": fd, "steps": 40}
+                         -> {"pass_s": ..., "layer_s": ..., "float_s": ...}, see `_ranks`
+    {}                   -> {}; the way there and back
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from shared.messages import Precision
+from shared.model_config import ModelConfig
+from shared.rope import Rope
+from shared.worker_messages import (
+    AllocateKV,
+    CommSetup,
+    LoadModel,
+    Sampling,
+    SequenceStep,
+    StepPlan,
+)
+from worker.comm.base import Communicator
+from worker.comm.local import LocalCommunicator
+from worker.comm.open import open_communicator
+from worker.native.api import Pool, native_library
+from worker.ops.base import HeadLayout, Source, Value
+from worker.ops.choose import describe, make_ops
+from worker.runner import Runner
+
+COLUMNS = 2048
+"""Inputs of the weight: many enough that its rows are streamed, few enough that activations stay."""
+MOST_ROWS = 128
+_REPETITIONS = 5
+_LEAST_S = 0.02
+"""Of one measurement; the fastest of its repetitions counts, the others were disturbed."""
+_SHARDS = 8
+_FEW_LAYERS, _MANY_LAYERS = 2, 10
+_SIZE = 64
+_LONG = 1 << 16
+"""Floats of a long all-reduce."""
+_GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+_TWO_BLOCKS = np.array([0, 1], "<i4").tobytes()
+
+
+def main() -> None:
+    """Answer the lines of standard input."""
+    library = native_library()
+    print(json.dumps({"kernels": describe(library)}), flush=True)
+    multiply: Callable[[int], None] | None = None
+    for line in sys.stdin:
+        answer: dict[str, float] = {}
+        match json.loads(line):
+            case {"weight": dtype, "bytes": size, "threads": threads}:
+                multiply = None  # gives the memory of the last weight back
+                multiply = _multiplication(dtype, size, threads)
+            case {"rows": rows}:
+                assert multiply is not None, "a weight comes first"
+                answer = {"seconds": _fastest(multiply, rows)}
+            case {"ranks": setup, "region": region, "steps": steps}:
+                answer = _ranks(msgspec.convert(setup, CommSetup), region, steps)
+        print(json.dumps(answer), flush=True)
+
+
+def _fastest(multiply: Callable[[int], None], rows: int) -> float:
+    multiply(rows)
+    times: list[float] = []
+    while len(times) < _REPETITIONS and (len(times) < 2 or sum(times) < _LEAST_S * _REPETITIONS):
+        began = time.perf_counter()
+        multiply(rows)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _multiplication(dtype: Precision, size: int, threads: int) -> Callable[[int], None]:
+    """A function that multiplies so many rows with a weight of about `size` bytes.
+
+    Raises ModelError where the kernels do not know the precision.
+    """
+    library = native_library()
+    torch.set_num_threads(threads)
+    pool = None if library is None else Pool(library, threads, crowded=False, from_bytes=0)
+    comm = LocalCommunicator(CommSetup(kind="local", rank=0, owned=[(0, 1)], deadline_s=60))
+    order = LoadModel(
+        model="probe", path="", dtype=dtype, kv_dtype="fp32", max_model_len=16, threads=threads
+    )
+    ops = make_ops(order, _config(1), comm, pool, [range(1)], lambda _: None)
+    per_weight = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "int4": 0.5625}[dtype]
+    outputs = int(size / per_weight / COLUMNS)
+    weight = ops.weight(
+        Source(outputs, COLUMNS, lambda: torch.full((outputs, COLUMNS), 0.01, dtype=torch.bfloat16))
+    )
+    table = ops.table(torch.ones(1, COLUMNS))
+    ones = ops.vector(torch.ones(COLUMNS))
+    head = ops.weight(Source(32, COLUMNS, lambda: torch.ones(32, COLUMNS)), token_ids=[range(32)])
+    layout = HeadLayout(16, range(0), range(0), 1, (range(0),))
+
+    def forward() -> Value:
+        x = ops.embed(table)
+        ops.linear(ops.add_norm(x, None, ones, 1e-6)[1], weight)
+        return ops.logits(ops.final_norm(x, ops.embed(table), ones, 1e-6), head)
+
+    ops.allocate(forward, 1, layout, 1, MOST_ROWS)
+    last = np.zeros(1, np.int64)
+    steps = {n: [SequenceStep(0, 0, [0] * n, _TWO_BLOCKS, _GREEDY)] for n in range(MOST_ROWS + 1)}
+
+    def multiply(rows: int) -> None:
+        ops.run(steps[rows], last)
+
+    return multiply
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def _ranks(setup: CommSetup, region: int | None, steps: int) -> dict[str, float]:
+    """What a forward pass takes besides multiplying weights; all ranks of `setup` are asked at once.
+
+    pass_s: for a whole pass, whatever its length. layer_s: for each layer, its two all-reduces
+    included. float_s: more for each float of a long all-reduce.
+    """
+    crowded = len(setup.owned) > len(os.sched_getaffinity(0))
+    comm = open_communicator(setup, None if region is None else os.dup(region), crowded)
+    try:
+        few, many = (_pass_s(comm, setup, layers, steps) for layers in (_FEW_LAYERS, _MANY_LAYERS))
+        layer_s = max(0.0, (many - few) / (_MANY_LAYERS - _FEW_LAYERS))
+        return {
+            "pass_s": max(0.0, few - _FEW_LAYERS * layer_s),
+            "layer_s": layer_s,
+            "float_s": _float_s(comm, setup),
+        }
+    finally:
+        comm.close()
+
+
+def _pass_s(comm: Communicator, setup: CommSetup, layers: int, steps: int) -> float:
+    """The median time of a pass of a model that has next to no weights."""
+    library = native_library()
+    pool = None if library is None else Pool(library, 1, crowded=True)
+    runner = Runner(comm, [range(*shards) for shards in setup.owned], _SHARDS, pool)
+    with tempfile.TemporaryDirectory(prefix="tpserve-probe-") as folder:
+        _write_model(Path(folder), layers)
+        runner.load(
+            LoadModel(model="probe", path=folder, dtype="fp32", kv_dtype="fp32", max_model_len=32)
+        )
+        runner.allocate(AllocateKV(model="probe", blocks=2, slots=1, tokens=16))
+        plan = StepPlan(
+            epoch=1,
+            step=1,
+            model="probe",
+            sequences=[SequenceStep(0, 8, [1], _TWO_BLOCKS, _GREEDY)],
+        )
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            runner.step(plan)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _float_s(comm: Communicator, setup: CommSetup) -> float:
+    roots = comm.tree.roots_per_rank[setup.rank]
+
+    def reduce_s(floats: int) -> float:
+        times = []
+        for _ in range(_REPETITIONS):
+            comm.barrier()
+            began = time.perf_counter()
+            comm.all_reduce_roots(np.zeros((roots, floats), np.float32))
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    return max(0.0, reduce_s(_LONG) - reduce_s(_SIZE)) / _LONG
+
+
+def _config(layers: int) -> ModelConfig:
+    return ModelConfig(
+        model_type="llama",
+        hidden_size=_SIZE,
+        intermediate_size=_SHARDS * 32,
+        num_layers=layers,
+        num_heads=_SHARDS,
+        num_kv_heads=_SHARDS,
+        head_dim=_SIZE // _SHARDS,
+        vocab_size=_SHARDS * 32,
+        max_positions=32,
+        rms_norm_eps=1e-6,
+        rope=Rope(theta=10_000.0),
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        head_norms=False,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        dtype="bf16",
+        bos_id=None,
+        eos_ids=(),
+    )
+
+
+def _write_model(folder: Path, layers: int) -> None:
+    """A checkpoint of `_config`."""
+    config = _config(layers)
+    fields: dict[str, Any] = {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": config.num_heads,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = {"model.embed_tokens": (config.vocab_size, hidden), "model.norm": (hidden,)}
+    for layer in range(layers):
+        own = f"model.layers.{layer}."
+        shapes |= {f"{own}self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+        shapes |= {f"{own}mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{own}mlp.down_proj"] = (hidden, inner)
+        shapes |= {f"{own}{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    save_file(
+        {
+            f"{name}.weight": torch.full(shape, 0.01, dtype=torch.bfloat16)
+            for name, shape in shapes.items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+if __name__ == "__main__":
+    main()
