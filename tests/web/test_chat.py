@@ -10,7 +10,7 @@ pytest.importorskip("playwright", reason="the Python package playwright is not i
 
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.web.pages import say, session_of, wait_idle, wait_written
+from tests.web.pages import WebServer, say, session_of, wait_idle, wait_written
 
 OpenPage = Callable[..., Page]
 NewSession = Callable[..., str]
@@ -160,18 +160,20 @@ def test_renaming_searching_exporting_and_deleting(
 
 
 def test_two_tabs_on_one_session_show_the_same(
-    open_page: OpenPage, new_session: NewSession
+    open_page: OpenPage, new_session: NewSession, server: WebServer
 ) -> None:
-    place = new_session("chat", **LONG)
+    place = new_session("chat", temperature=0, max_tokens=40)
     one, other = open_page(place), open_page(place)
-    one.get_by_label("Message", exact=True).fill("Hello, my name is Ada.")
-    one.keyboard.press("Enter")
+    with server.standing_still():
+        one.get_by_label("Message", exact=True).fill("Hello, my name is Ada.")
+        one.keyboard.press("Enter")
+        expect(one.locator("[aria-busy=true]")).to_contain_text(re.compile("queue|Reading"))
+        # While one tab is being answered, the other is told that it has to wait.
+        other.get_by_label("Message", exact=True).fill("Me too")
+        other.keyboard.press("Enter")
+        expect(other.get_by_role("alert")).to_contain_text("an answer is being written")
+        expect(other.get_by_label("Message", exact=True)).to_have_value("Me too")
     expect(one.get_by_label("Answer", exact=True).locator(".markdown")).to_be_visible()
-    # While one tab is being answered, the other is told that it has to wait.
-    other.get_by_label("Message", exact=True).fill("Me too")
-    other.keyboard.press("Enter")
-    expect(other.get_by_role("alert")).to_contain_text("an answer is being written")
-    expect(other.get_by_label("Message", exact=True)).to_have_value("Me too")
     wait_idle(one)
     written = one.get_by_label("Answer", exact=True).locator(".markdown").inner_text()
     expect(other.get_by_label("Answer", exact=True).locator(".markdown")).to_have_text(written)
