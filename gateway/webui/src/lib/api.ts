@@ -92,6 +92,10 @@ async function call(path: string, { method, body, signal, keepalive }: Call): Pr
   throw refused;
 }
 
+function inTime(): AbortSignal {
+  return AbortSignal.timeout(ANSWER_TIMEOUT_MS);
+}
+
 function isTimeout(signal: AbortSignal): boolean {
   return signal.reason instanceof DOMException && signal.reason.name === 'TimeoutError';
 }
@@ -109,7 +113,7 @@ async function errorOf(response: Response): Promise<ApiError> {
 }
 
 async function ask<T>(path: string, options: Call = {}): Promise<T> {
-  const signal = options.signal ?? AbortSignal.timeout(ANSWER_TIMEOUT_MS);
+  const signal = options.signal ?? inTime();
   const response = await call(path, { ...options, signal });
   try {
     return (await response.json()) as T;
@@ -172,7 +176,8 @@ export const sessions = {
     ),
   create: (kind: Kind, change: SessionChange = {}) =>
     ask<SessionState>('/api/sessions', { body: { kind, ...change } }),
-  get: (id: number) => ask<SessionState>(session(id)),
+  get: (id: number, signal?: AbortSignal) =>
+    ask<SessionState>(session(id), signal ? { signal: AbortSignal.any([signal, inTime()]) } : {}),
   change: (id: number, change: SessionChange) =>
     ask<SessionState>(session(id), { method: 'PATCH', body: change }),
   remove: (id: number) => ask<unknown>(session(id), { method: 'DELETE' }),
@@ -223,7 +228,7 @@ export const status = () => ask<Status>('/api/status');
 export async function readiness(): Promise<{ ready: boolean; reason: string }> {
   const response = await fetch('/health/ready', {
     cache: 'no-store',
-    signal: AbortSignal.timeout(ANSWER_TIMEOUT_MS),
+    signal: inTime(),
   });
   const { status: state, reason } = (await response.json()) as { status: string; reason?: string };
   return { ready: state === 'ready', reason: reason ?? '' };
