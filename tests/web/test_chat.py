@@ -159,6 +159,41 @@ def test_renaming_searching_exporting_and_deleting(
     choose("Delete")
 
 
+def test_deleting_what_cannot_be_brought_back_is_asked_before(
+    open_page: OpenPage, new_session: NewSession, api: httpx.Client
+) -> None:
+    page = open_page(new_session("story"))
+    session = f"/api/sessions/{session_of(page)}"
+    # Both texts are kept, as branches: together they are longer than a request may be.
+    for letter in "ab":
+        assert api.put(f"{session}/text", json={"text": letter * 600_000}).status_code == 200
+    assert api.patch(session, json={"title": "Far too long"}).status_code == 200
+    page.reload()
+    entry = page.get_by_role("navigation").locator("li", has=page.locator("[aria-current]"))
+
+    def delete() -> None:
+        entry.hover()
+        entry.get_by_role("button").click()
+        page.get_by_role("menuitem", name="Delete").click()
+
+    delete()
+    dialog = page.get_by_role("dialog", name="Delete “Far too long” for good?")
+    expect(dialog).to_contain_text("1.2 MB")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    assert api.get(session).status_code == 200
+
+    delete()
+    with page.expect_download() as download:
+        dialog.get_by_role("button", name="Export").click()
+    assert download.value.suggested_filename == "Far-too-long.json"
+    dialog.get_by_role("button", name="Delete for good").click()
+    expect(page.get_by_text("“Far too long” is deleted.")).to_be_visible()
+    notices = page.get_by_role("region", name="Notices")
+    expect(notices.get_by_role("button", name="Undo")).to_have_count(0)
+    assert api.get(session).status_code == 404
+
+
 def test_two_tabs_on_one_session_show_the_same(
     open_page: OpenPage, new_session: NewSession, server: WebServer
 ) -> None:
