@@ -2,8 +2,11 @@
 
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from playwright.sync_api import Page, expect
 
 from tests.e2e.server import Server
@@ -27,6 +30,29 @@ class WebServer:
         self.process = Server(*self._arguments)
         self.address = self.process.wait_ready()
         assert self.process.http_url() == self.url
+
+    def kill(self) -> None:
+        """End it without giving it the time to store anything."""
+        self.process.process.kill()
+        self.process.stop()
+
+    def gateway(self) -> psutil.Process:
+        """The process that serves the page."""
+        children = psutil.Process(self.process.process.pid).children()
+        (found,) = (child for child in children if "gateway" in child.cmdline())
+        return found
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Nothing is computed meanwhile: an answer that is asked for does not end."""
+        workers = self.process.workers()
+        for worker in workers:
+            worker.suspend()
+        try:
+            yield
+        finally:
+            for worker in workers:
+                worker.resume()
 
 
 def say(page: Page, text: str) -> str:

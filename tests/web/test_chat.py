@@ -10,7 +10,7 @@ pytest.importorskip("playwright", reason="the Python package playwright is not i
 
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.web.pages import say, session_of, wait_idle, wait_written
+from tests.web.pages import WebServer, say, session_of, wait_idle, wait_written
 
 OpenPage = Callable[..., Page]
 NewSession = Callable[..., str]
@@ -159,19 +159,56 @@ def test_renaming_searching_exporting_and_deleting(
     choose("Delete")
 
 
-def test_two_tabs_on_one_session_show_the_same(
-    open_page: OpenPage, new_session: NewSession
+def test_deleting_what_cannot_be_brought_back_is_asked_before(
+    open_page: OpenPage, new_session: NewSession, api: httpx.Client
 ) -> None:
-    place = new_session("chat", **LONG)
+    page = open_page(new_session("story"))
+    session = f"/api/sessions/{session_of(page)}"
+    # Both texts are kept, as branches: together they are longer than a request may be.
+    for letter in "ab":
+        assert api.put(f"{session}/text", json={"text": letter * 600_000}).status_code == 200
+    assert api.patch(session, json={"title": "Far too long"}).status_code == 200
+    page.reload()
+    entry = page.get_by_role("navigation").locator("li", has=page.locator("[aria-current]"))
+
+    def delete() -> None:
+        entry.hover()
+        entry.get_by_role("button").click()
+        page.get_by_role("menuitem", name="Delete").click()
+
+    delete()
+    dialog = page.get_by_role("dialog", name="Delete “Far too long” for good?")
+    expect(dialog).to_contain_text("1.2 MB")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    assert api.get(session).status_code == 200
+
+    delete()
+    with page.expect_download() as download:
+        dialog.get_by_role("button", name="Export").click()
+    assert download.value.suggested_filename == "Far-too-long.json"
+    dialog.get_by_role("button", name="Delete for good").click()
+    expect(page.get_by_text("“Far too long” is deleted.")).to_be_visible()
+    notices = page.get_by_role("region", name="Notices")
+    expect(notices.get_by_role("button", name="Undo")).to_have_count(0)
+    assert api.get(session).status_code == 404
+
+
+def test_two_tabs_on_one_session_show_the_same(
+    open_page: OpenPage, new_session: NewSession, server: WebServer
+) -> None:
+    place = new_session("chat", temperature=0, max_tokens=40)
     one, other = open_page(place), open_page(place)
-    one.get_by_label("Message", exact=True).fill("Hello, my name is Ada.")
-    one.keyboard.press("Enter")
+    with server.standing_still():
+        one.get_by_label("Message", exact=True).fill("Hello, my name is Ada.")
+        one.keyboard.press("Enter")
+        expect(one.locator("[aria-busy=true]")).to_contain_text(re.compile("queue|Reading"))
+        # While one tab is being answered, the other is told that it has to wait.
+        other.get_by_label("Message", exact=True).fill("Me too")
+        other.keyboard.press("Enter")
+        expect(other.get_by_role("alert")).to_contain_text("an answer is being written")
+        expect(other.get_by_label("Message", exact=True)).to_have_value("Me too")
     expect(one.get_by_label("Answer", exact=True).locator(".markdown")).to_be_visible()
-    # While one tab is being answered, the other is told that it has to wait.
-    other.get_by_label("Message", exact=True).fill("Me too")
-    other.keyboard.press("Enter")
-    expect(other.get_by_role("alert")).to_contain_text("an answer is being written")
-    expect(other.get_by_label("Message", exact=True)).to_have_value("Me too")
     wait_idle(one)
     written = one.get_by_label("Answer", exact=True).locator(".markdown").inner_text()
     expect(other.get_by_label("Answer", exact=True).locator(".markdown")).to_have_text(written)

@@ -190,24 +190,3 @@ def test_a_worker_that_dies_costs_no_more_than_the_rest_of_an_answer(
     expect(answer.locator(".markdown")).not_to_have_text(part, timeout=RESTART_TIMEOUT_MS)
     wait_idle(page)
     expect(answer).to_have_count(1)
-
-
-def test_a_server_that_dies_under_the_page_is_found_again_with_what_it_kept(
-    open_page: OpenPage, new_session: NewSession, server: WebServer
-) -> None:
-    page = open_page(new_session("chat", temperature=0, ignore_eos=True))
-    page.get_by_label("Message", exact=True).fill("Tell me something about cats.")
-    page.keyboard.press("Enter")
-    answer = page.get_by_label("Answer", exact=True)
-    expect(answer.locator(".markdown")).to_be_visible()
-    server.process.stop()
-    expect(page.get_by_text("The server cannot be reached")).to_be_visible()
-    server.start()
-    expect(page.get_by_text("Ready", exact=True)).to_be_visible()
-    wait_idle(page)
-    expect(page.get_by_label("You")).to_contain_text("cats")
-    page.get_by_role("button", name="Continue the answer").or_(
-        page.get_by_role("button", name="Answer it")
-    ).click()
-    wait_idle(page)
-    expect(answer).to_have_count(1)

@@ -21,6 +21,8 @@ import type {
 const KEY_NAME = 'tpserve.key';
 /** A gateway that is started again keeps its socket: a request may wait for it. */
 const ANSWER_TIMEOUT_MS = 15_000;
+/** A turn says every second that it goes on: one that is silent for so long was lost. */
+const LONGEST_SILENCE_MS = 15_000;
 
 /** What the server refused, or, with status 0, that it could not be reached. */
 export class ApiError extends Error {
@@ -92,6 +94,10 @@ async function call(path: string, { method, body, signal, keepalive }: Call): Pr
   throw refused;
 }
 
+function inTime(): AbortSignal {
+  return AbortSignal.timeout(ANSWER_TIMEOUT_MS);
+}
+
 function isTimeout(signal: AbortSignal): boolean {
   return signal.reason instanceof DOMException && signal.reason.name === 'TimeoutError';
 }
@@ -109,7 +115,7 @@ async function errorOf(response: Response): Promise<ApiError> {
 }
 
 async function ask<T>(path: string, options: Call = {}): Promise<T> {
-  const signal = options.signal ?? AbortSignal.timeout(ANSWER_TIMEOUT_MS);
+  const signal = options.signal ?? inTime();
   const response = await call(path, { ...options, signal });
   try {
     return (await response.json()) as T;
@@ -119,14 +125,19 @@ async function ask<T>(path: string, options: Call = {}): Promise<T> {
 }
 
 /** Events of a stream, up to its [DONE]. Throws ApiError when it breaks off or brings an error. */
-async function* stream<T>(path: string, body: unknown, signal: AbortSignal): AsyncGenerator<T> {
+async function* stream<T>(
+  path: string,
+  body: unknown,
+  signal: AbortSignal,
+  longestSilenceMs = Infinity,
+): AsyncGenerator<T> {
   const response = await call(path, { body, signal });
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
   const arrived: EventSourceMessage[] = [];
   const parser = createParser({ onEvent: (event) => arrived.push(event) });
   try {
     for (;;) {
-      const { done, value } = await read(reader, signal);
+      const { done, value } = await read(reader, signal, longestSilenceMs);
       if (done) throw new ApiError('the stream broke off', 'stream_lost', 0);
       parser.feed(value);
       for (const { data } of arrived.splice(0)) {
@@ -145,12 +156,22 @@ function isError(event: unknown): event is { error: { message: string; code: str
   return typeof event === 'object' && event !== null && 'error' in event;
 }
 
-async function read(reader: ReadableStreamDefaultReader<string>, signal: AbortSignal) {
+async function read(
+  reader: ReadableStreamDefaultReader<string>,
+  signal: AbortSignal,
+  longestSilenceMs: number,
+) {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const silence = new Promise<never>((_, reject) => {
+    if (longestSilenceMs !== Infinity) timer = setTimeout(reject, longestSilenceMs);
+  });
   try {
-    return await reader.read();
+    return await Promise.race([reader.read(), silence]);
   } catch (error) {
     if (signal.aborted) throw error;
     throw new ApiError('the connection was lost', 'stream_lost', 0);
+  } finally {
+    clearTimeout(timer);
   }
 }
 
@@ -172,7 +193,8 @@ export const sessions = {
     ),
   create: (kind: Kind, change: SessionChange = {}) =>
     ask<SessionState>('/api/sessions', { body: { kind, ...change } }),
-  get: (id: number) => ask<SessionState>(session(id)),
+  get: (id: number, signal?: AbortSignal) =>
+    ask<SessionState>(session(id), signal ? { signal: AbortSignal.any([signal, inTime()]) } : {}),
   change: (id: number, change: SessionChange) =>
     ask<SessionState>(session(id), { method: 'PATCH', body: change }),
   remove: (id: number) => ask<unknown>(session(id), { method: 'DELETE' }),
@@ -201,6 +223,7 @@ export const sessions = {
       `${session(id)}/${action}`,
       { ...fields, ...(params ? { params } : {}), stream: true },
       signal,
+      LONGEST_SILENCE_MS,
     ),
 };
 
@@ -223,7 +246,7 @@ export const status = () => ask<Status>('/api/status');
 export async function readiness(): Promise<{ ready: boolean; reason: string }> {
   const response = await fetch('/health/ready', {
     cache: 'no-store',
-    signal: AbortSignal.timeout(ANSWER_TIMEOUT_MS),
+    signal: inTime(),
   });
   const { status: state, reason } = (await response.json()) as { status: string; reason?: string };
   return { ready: state === 'ready', reason: reason ?? '' };

@@ -1,16 +1,21 @@
 /** The sessions of the sidebar. */
 
 import { ApiError, describe, sessions } from './api';
-import { notify } from './notices.svelte';
+import { notify, type Notice } from './notices.svelte';
 import { goTo, route } from './route.svelte';
 import { tellTabs } from './tabs';
 import type { Kind, SessionExport, SessionInfo } from './types';
+
+/** The server takes no longer request, and an import is one. */
+const LONGEST_IMPORT_BYTES = 1_000_000;
 
 class SessionList {
   all = $state.raw<SessionInfo[]>([]);
   cursor = $state<string | null>(null);
   /** Null until the server has answered. */
   loaded = $state(false);
+  /** Is to be deleted, and could not be brought back: the user has to say so. */
+  asked = $state.raw<{ info: SessionInfo; bytes: number } | null>(null);
   /** Why there is none. */
   problem = $state('');
 
@@ -68,14 +73,29 @@ class SessionList {
   async remove(info: SessionInfo): Promise<void> {
     try {
       const kept = await sessions.export(info.id);
-      await sessions.remove(info.id);
-      this.all = this.all.filter(({ id }) => id !== info.id);
-      if ('id' in route.current && route.current.id === info.id) goTo({ page: 'home' });
-      notify(`“${titleOf(info)}” is deleted.`, { label: 'Undo', run: () => void this.import(kept) });
-      tellTabs(info.id);
+      const bytes = new Blob([JSON.stringify(kept)]).size;
+      if (bytes > LONGEST_IMPORT_BYTES) this.asked = { info, bytes };
+      else await this.#remove(info, { label: 'Undo', run: () => void this.import(kept) });
     } catch (error) {
       notify(describe(error), undefined, true);
     }
+  }
+
+  async removeForGood(info: SessionInfo): Promise<void> {
+    this.asked = null;
+    try {
+      await this.#remove(info);
+    } catch (error) {
+      notify(describe(error), undefined, true);
+    }
+  }
+
+  async #remove(info: SessionInfo, undo?: Notice['action']): Promise<void> {
+    await sessions.remove(info.id);
+    this.all = this.all.filter(({ id }) => id !== info.id);
+    if ('id' in route.current && route.current.id === info.id) goTo({ page: 'home' });
+    notify(`“${titleOf(info)}” is deleted.`, undo);
+    tellTabs(info.id);
   }
 
   async import(data: SessionExport): Promise<void> {

@@ -3,27 +3,12 @@
 import { ApiError, describe, sessions, type SessionChange } from './api';
 import { connection } from './connection.svelte';
 import { list } from './list.svelte';
-import { Speaker, say } from './notices.svelte';
+import { say } from './notices.svelte';
+import { isBusy, isLost, leftOf, pathBefore, type Step } from './pick_up';
 import { addRun } from './runs.svelte';
 import { tellTabs } from './tabs';
+import { Written, type Turn } from './turn';
 import type { SamplingParams, SessionState, StoredMessage, TurnAction, TurnEvent } from './types';
-
-export interface Turn {
-  action: TurnAction['action'];
-  /** What the user said with it; null: nothing. */
-  userText: string | null;
-  /** Messages of the path that stay before it. */
-  before: StoredMessage[];
-  /** The text that it goes on from, by `continue`. */
-  prefix: string;
-  /** What has been written, by answer. */
-  texts: string[];
-  phase: 'sending' | 'queued' | 'reading' | 'writing' | 'full' | 'starting' | 'stopping' | 'lost';
-  /** Jobs before it. */
-  position: number | null;
-  /** Seconds until it is sent again, when the queue is full or the workers are being started. */
-  retryInS: number | null;
-}
 
 export interface Problem {
   message: string;
@@ -34,6 +19,12 @@ export interface Problem {
 const COMES_LATER: Record<string, Turn['phase']> = { queue_full: 'full', not_ready: 'starting' };
 const LOOKS_FOR_KEPT = 12;
 const LOOK_MS = 250;
+/** So often a turn is picked up again. */
+const MOST_PICK_UPS = 5;
+const FIRST_WAIT_MS = 500;
+const LONGEST_WAIT_MS = 5000;
+const LOOKS_AT_OTHER = 15;
+const LOOK_AT_OTHER_MS = 1000;
 
 export class OpenSession {
   state = $state.raw<SessionState | null>(null);
@@ -53,6 +44,8 @@ export class OpenSession {
 
   #abort: AbortController | null = null;
   #closed = false;
+  /** It has changed while a turn was under way. */
+  #isStale = false;
 
   constructor(readonly id: number) {}
 
@@ -80,7 +73,10 @@ export class OpenSession {
   }
 
   async reload(): Promise<void> {
-    if (this.turn !== null) return;
+    if (this.turn !== null) {
+      this.#isStale = true;
+      return;
+    }
     try {
       this.#take(await sessions.get(this.id));
     } catch (error) {
@@ -124,7 +120,7 @@ export class OpenSession {
     this.problem = null;
     this.answers = [];
     const leaf = this.state.session.leaf;
-    const before = this.#pathBefore(action);
+    const before = pathBefore(action, this.messages);
     this.turn = {
       action: action.action,
       userText: 'text' in action && action.text ? action.text : null,
@@ -139,22 +135,24 @@ export class OpenSession {
     const { signal } = this.#abort;
     const written = new Written(this.turn);
     let problem: Problem | null = null;
+    let lost = false;
     try {
-      await this.#events(action, params, signal, written);
+      await this.#toItsEnd({ action, params }, signal, written);
     } catch (error) {
       if (!signal.aborted) {
+        lost = isLost(error);
         const retry = this.#retryOf(action, params, error);
         problem = { message: describe(error).replace(/[.\s]+$/, ''), retry };
-        if (error instanceof ApiError && error.isAway) await this.#waitForServer(signal);
       }
     }
     written.finish();
     this.texts = written.texts;
-    const kept = written.hasBegun;
     const ended = problem === null && !signal.aborted;
-    if (!this.#closed) await this.#afterTurn(leaf, kept && !ended);
-    if (this.turn?.userText && action.action === 'send' && !this.#isStored(action.text, before)) {
+    this.#isStale = false;
+    if (!this.#closed) await this.#afterTurn(leaf, written.hasBegun && !ended);
+    if (action.action === 'send' && action.text && !this.#isStored(action.text, before)) {
       this.draft ||= action.text;
+      if (lost) problem!.message += '. Your message did not arrive: it is in the field again';
     } else if (problem !== null && action.action === 'send') {
       // What was said is there: what is missing is the answer.
       problem.retry = null;
@@ -162,29 +160,72 @@ export class OpenSession {
     this.turn = null;
     if (problem !== null && this.isCut) problem.message += '. What was written is kept.';
     this.problem = problem;
+    if (this.#isStale) void this.reload();
     tellTabs(this.id);
     void list.refresh();
     return ended;
   }
 
-  async #events(
-    action: TurnAction,
-    params: SamplingParams | null,
-    signal: AbortSignal,
-    written: Written,
-  ): Promise<void> {
+  /** Each time the stream is lost, go on from what the server has of the turn. */
+  async #toItsEnd(asked: Step, signal: AbortSignal, written: Written): Promise<void> {
+    const before = this.state!;
+    // The other answers of several could not be written on.
+    const most = ((asked.params ?? this.params).n ?? 1) > 1 ? 0 : MOST_PICK_UPS;
+    let step = asked;
+    for (let lost = 0; ; ) {
+      try {
+        await this.#events(step, signal, written);
+        return;
+      } catch (error) {
+        signal.throwIfAborted();
+        if (lost > 0 && isBusy(error)) {
+          await this.#watchOther(signal);
+        } else if (isLost(error)) {
+          this.#say('lost', 'The connection is lost. Trying again.');
+          lost += 1;
+        } else {
+          throw error;
+        }
+        const now = await this.#storedWhenBack(signal);
+        const left = leftOf(asked, before, now);
+        if (left === 'nothing') return;
+        if (left === 'all' || lost > most) throw error;
+        this.#take(now);
+        step = left;
+        this.#show(step, written);
+      }
+    }
+  }
+
+  async #events({ action, params }: Step, signal: AbortSignal, written: Written): Promise<void> {
     for (;;) {
+      let isKept = false;
       try {
         for await (const event of sessions.turn(this.id, action, params, signal)) {
+          if (event.event === 'stored') isKept = event.user_message !== null || event.answers.length > 0;
           this.#hear(event, written);
         }
         return;
       } catch (error) {
-        const phase = error instanceof ApiError ? COMES_LATER[error.code] : undefined;
+        const phase = error instanceof ApiError && !isKept ? COMES_LATER[error.code] : undefined;
         if (phase === undefined) throw error;
         await this.#waitToSend(phase, (error as ApiError).retryAfterS ?? 2, signal);
       }
     }
+  }
+
+  /** The turn goes on with a step that is not its first. */
+  #show({ action }: Step, written: Written): void {
+    const turn = this.turn!;
+    turn.before = pathBefore(action, this.messages);
+    turn.userText = null;
+    turn.phase = 'sending';
+    written.restart(action.action === 'continue' ? (this.last?.content ?? '') : '');
+  }
+
+  #say(phase: Turn['phase'], words: string): void {
+    this.turn!.phase = phase;
+    say(words);
   }
 
   #hear(event: TurnEvent, written: Written): void {
@@ -232,27 +273,44 @@ export class OpenSession {
     turn.phase = phase;
     for (let left = Math.ceil(waitS); left > 0; left -= 1) {
       turn.retryInS = left;
-      await pause(1000);
-      signal.throwIfAborted();
+      await pause(1000, signal);
     }
     turn.phase = 'sending';
     turn.retryInS = null;
   }
 
-  /** A turn whose stream was lost goes no further; what it left is read when the server is back. */
-  async #waitForServer(signal: AbortSignal): Promise<void> {
-    this.turn!.phase = 'lost';
-    say('The connection is lost. Waiting for the server.');
-    while (!signal.aborted && !this.#closed) {
-      await connection.poll();
-      if (connection.isUp || connection.phase === 'locked') return;
-      await pause(1000);
+  /** The session as the server has it, as soon as it is there again. */
+  async #storedWhenBack(signal: AbortSignal): Promise<SessionState> {
+    for (let waitMs = FIRST_WAIT_MS; ; waitMs = Math.min(2 * waitMs, LONGEST_WAIT_MS)) {
+      void connection.poll();
+      await pause(waitMs, signal);
+      if (!connection.isUp) continue;
+      try {
+        return await sessions.get(this.id, signal);
+      } catch (error) {
+        if (!isLost(error)) throw error;
+      }
+    }
+  }
+
+  /** Another page writes in this session: wait for what it stores, or until it is time to ask again. */
+  async #watchOther(signal: AbortSignal): Promise<void> {
+    this.#say('elsewhere', 'This answer is being written for another page.');
+    const { updated } = this.state!.session;
+    for (let look = 0; look < LOOKS_AT_OTHER; look += 1) {
+      await pause(LOOK_AT_OTHER_MS, signal);
+      try {
+        const { session } = await sessions.get(this.id, signal);
+        if (session.updated !== updated) return;
+      } catch (error) {
+        if (!isLost(error)) throw error;
+      }
     }
   }
 
   /** Read what is stored. The server may still be putting the kept part away. */
   async #afterTurn(leafBefore: number | null, expectsPart: boolean): Promise<void> {
-    for (let look = 0; look < LOOKS_FOR_KEPT && !this.#closed; look += 1) {
+    for (let look = 0; look < LOOKS_FOR_KEPT && connection.isUp && !this.#closed; look += 1) {
       try {
         const state = await sessions.get(this.id);
         const last = state.messages.at(-1);
@@ -287,54 +345,24 @@ export class OpenSession {
     return this.messages[before.length]?.content === text;
   }
 
-  #pathBefore(action: TurnAction): StoredMessage[] {
-    const path = this.messages;
-    if (action.action === 'send') return path;
-    if (action.action === 'continue') return path.slice(0, -1);
-    const at = path.findIndex(({ id }) => id === action.message);
-    const place = at < 0 ? path.length - 1 : at;
-    const isQuestion = action.action === 'regenerate' && path[place]?.role !== 'assistant';
-    return path.slice(0, isQuestion ? place + 1 : place);
-  }
-
   #take(state: SessionState): void {
     this.state = state;
     this.isGone = false;
   }
 }
 
-/** Collects tokens and shows them once per animation frame. */
-class Written {
-  readonly texts: string[] = [];
-  #frame = 0;
-  #speaker = new Speaker();
-
-  constructor(private readonly turn: Turn) {}
-
-  get hasBegun(): boolean {
-    return this.texts.some((text) => text !== '');
-  }
-
-  add(index: number, text: string): void {
-    while (this.texts.length <= index) this.texts.push('');
-    this.texts[index] += text;
-    this.#frame ||= requestAnimationFrame(() => this.#show());
-  }
-
-  finish(): void {
-    cancelAnimationFrame(this.#frame);
-    if (this.hasBegun) this.#show();
-    this.#speaker.finish(this.texts[0] ?? '');
-  }
-
-  #show(): void {
-    this.#frame = 0;
-    if (this.turn.phase !== 'stopping') this.turn.phase = 'writing';
-    this.turn.texts = [...this.texts];
-    this.#speaker.hear(this.texts[0] ?? '');
-  }
-}
-
-function pause(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
+/** Rejects when the signal comes. */
+function pause(ms: number, signal?: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const end = () => {
+      clearTimeout(timer);
+      reject(signal!.reason as Error);
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener('abort', end);
+      resolve();
+    }, ms);
+    if (signal?.aborted) end();
+    else signal?.addEventListener('abort', end, { once: true });
+  });
 }
