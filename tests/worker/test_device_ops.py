@@ -156,7 +156,7 @@ def test_a_precision_is_as_exact_as_it_can_be(
     def job(comm: Communicator, owned: list[range]) -> None:
         logits = []
         for precision in ("fp32", dtype):
-            machine = Machine(folder, comm, owned, on(device, comm), precision)  # type: ignore[arg-type]
+            machine = Machine(folder, comm, owned, on(device, comm), precision)
             model = machine._runner.model("m")
             logits.append(model.ops.run([prompt], model.last_tokens, every_token=True).logits)
         exact, ours = logits
