@@ -159,7 +159,8 @@ def measure_transformers(folder: Path, device: torch.device, tokens: int) -> Row
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).to(device)
+    )
+    model.to(device)
     prompt = torch.arange(3, 3 + DEPTH, device=device)[None]
 
     def generate() -> None:

@@ -76,7 +76,8 @@ def open_collectives(setup: CommSetup, comm: Communicator, device: torch.device)
     if comm.world == 1:
         return Alone()
     if setup.kind == "nccl":
-        from worker.comm.torch_dist import GroupCollectives  # takes a second to import
+        # Importing torch.distributed takes a second or more; only this transport needs it.
+        from worker.comm.torch_dist import GroupCollectives
 
         return GroupCollectives(setup, device)
     return ThroughHost(comm)
