@@ -35,12 +35,12 @@ from shared.worker_messages import (
 def work(rank: int, epoch: int, address: str, step_s: float) -> None:
     """Answer the coordinator as a worker does."""
     socket = dealer(zmq.Context(), address, identity=b"%d" % rank)
-    socket.send(encode(Hello(rank=rank, epoch=epoch, pid=os.getpid(), kernels="none")))
+    socket.send(encode(Hello(rank=rank, epoch=epoch, pid=os.getpid())))
     tokens = itertools.cycle(range(100, 200))
     while True:
         match decode_to_worker(socket.recv()):
             case SetUp():
-                socket.send(encode(CommReady(rank=rank, epoch=epoch)))
+                socket.send(encode(CommReady(rank=rank, epoch=epoch, kernels="none")))
             case LoadModel(model=model):
                 loaded = Loaded(
                     rank=rank,

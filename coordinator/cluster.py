@@ -49,6 +49,8 @@ log = logging.getLogger("coordinator.cluster")
 
 KV_SHARE = 0.5
 """Part of the free memory that KV caches get when no size is asked for."""
+DEVICE_KV_SHARE = 0.8
+"""The same of a GPU's, which nothing else needs but a step's activations and captured steps."""
 
 M = TypeVar("M", bound=FromWorker)
 Conversation = Generator[None, FromWorker, None]
@@ -256,12 +258,12 @@ class Cluster:
             self._shm_fd = None
 
     def _bring_up(self) -> Conversation:
-        hellos = yield from self._hear_all(Hello)
-        self.kernels = hellos[0].kernels
-        log.info("%d workers compute with %s kernels", len(hellos), self.kernels)
+        yield from self._hear_all(Hello)
         for rank in range(len(self.owned)):
             self._to(rank, self._set_up(rank))
-        yield from self._hear_all(CommReady)
+        joined = yield from self._hear_all(CommReady)
+        self.kernels = joined[0].kernels
+        log.info("%d workers compute with %s kernels", len(joined), self.kernels)
         for number, model in enumerate(self.models.values()):
             still_to_come = len(self.models) - number
             yield from self._load(model, self._settings.threads, still_to_come)
@@ -319,9 +321,11 @@ class Cluster:
     def _set_up(self, rank: int) -> SetUp:
         settings, world = self._settings, len(self.owned)
         ipc = f"ipc://{self._run_dir}/mesh-{self.epoch}"
+        file = f"file://{self._run_dir}/{settings.comm}-{self.epoch}"
         addresses = {
             "zmq": [f"{ipc}-{r}" for r in range(world)],
-            "gloo": [f"file://{self._run_dir}/gloo-{self.epoch}"],
+            "gloo": [file],
+            "nccl": [file],
             "shm": [],
         }
         return SetUp(
@@ -336,6 +340,7 @@ class Cluster:
             virtual_shards=settings.virtual_shards,
             threads=settings.threads,
             core=rank * settings.threads if settings.pin_cores else None,
+            device=settings.device,
         )
 
     def _kv_blocks(self, model: ModelOnWorkers, loaded: list[Loaded], still_to_come: int) -> int:
@@ -348,6 +353,8 @@ class Cluster:
         for rank, answer in enumerate(loaded):
             if settings.kv_memory_bytes is not None:
                 budget = settings.kv_memory_bytes - taken[rank]
+            elif settings.device == "cuda":  # what others were given is taken at once
+                budget = int(answer.free_bytes * DEVICE_KV_SHARE)
             else:  # all workers share this machine's memory
                 budget = int((answer.free_bytes - sum(taken)) * KV_SHARE / world)
             fitting.append(budget // still_to_come // max(1, answer.kv_block_bytes))

@@ -34,7 +34,7 @@ from shared.worker_messages import CommSetup
 
 log = logging.getLogger("coordinator.machine")
 
-Comm = Literal["local", "shm", "zmq", "gloo"]
+Comm = Literal["local", "shm", "zmq", "gloo", "nccl"]
 
 ROWS = (1, 8, 32, 128)
 """Rows of activations that a weight is multiplied with."""

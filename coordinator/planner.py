@@ -105,8 +105,11 @@ def needed_bytes(config: ModelConfig, settings: Settings, workers: int, dtype: P
 def check_fits(plans: Sequence[MemoryPlan], starting: bool = False) -> None:
     """Raises MemoryPlanError, saying what would fit, when the plans together do not.
 
-    starting: the worker processes, too, are still to come.
+    starting: the worker processes, too, are still to come. What GPUs have room for, the workers find
+    out when they load.
     """
+    if any(plan.settings.device == "cuda" for plan in plans):
+        return
     free = free_bytes()
     needs = _needs(plans, starting)
     if sum(needs) <= free:

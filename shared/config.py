@@ -62,9 +62,13 @@ class Settings(Struct, frozen=True, kw_only=True):
             description="precision of the KV cache; auto: the weights', bf16 if those are int8 or int4"
         ),
     ] = "auto"
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        Meta(description="what the workers compute with; cuda: a GPU for each"),
+    ] = "cpu"
     comm: Annotated[
-        Literal["shm", "zmq", "gloo"],
-        Meta(description="what carries the workers' all-reduce"),
+        Literal["shm", "zmq", "gloo", "nccl"],
+        Meta(description="what carries the workers' all-reduce; nccl: with --device cuda only"),
     ] = "shm"
     virtual_shards: Annotated[
         int,
@@ -328,6 +332,15 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"auto_dtypes is {settings.auto_dtypes!r}, but workers is {settings.workers}:"
             " a precision is chosen with --workers auto only"
+        )
+    if settings.comm == "nccl" and settings.device == "cpu":
+        raise ConfigError(
+            "comm is 'nccl', but device is 'cpu': NCCL is for --device cuda; use shm, zmq or gloo"
+        )
+    if settings.device == "cuda" and settings.workers == AUTO_WORKERS:
+        raise ConfigError(
+            "workers is 'auto', but device is 'cuda': what is measured for auto is the CPU; give the"
+            " number of GPUs"
         )
     shards = settings.virtual_shards
     if shards & (shards - 1):

@@ -13,14 +13,14 @@ from shared.messages import KVPrecision, Precision
 class CommSetup(Struct, frozen=True, kw_only=True):
     """How the workers of one epoch reach each other."""
 
-    kind: Literal["local", "shm", "zmq", "gloo"]
+    kind: Literal["local", "shm", "zmq", "gloo", "nccl"]
     rank: int
     owned: list[tuple[int, int]]
     """Virtual shards [start, stop) of every rank; its length is the world size."""
     deadline_s: float
     """A peer that stays silent for so long in a collective is an error."""
     addresses: list[str] = []
-    """zmq: the address each rank binds. gloo: one, file:///PATH of its rendezvous file."""
+    """zmq: the address each rank binds. gloo and nccl: one, file:///PATH of a rendezvous file."""
 
 
 class _ToWorker(Struct, frozen=True, kw_only=True, tag_field="t"): ...
@@ -35,6 +35,8 @@ class SetUp(_ToWorker, frozen=True, kw_only=True, tag="setup"):
     threads: int
     core: int | None = None
     """Pin the process to this core and the threads-1 after it."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What computes; cuda: the GPU with the rank's number."""
 
 
 class LoadModel(_ToWorker, frozen=True, kw_only=True, tag="load"):
@@ -172,12 +174,13 @@ class Hello(_FromWorker, frozen=True, kw_only=True, tag="hello"):
     """The process is up. `epoch` is the one it was started for."""
 
     pid: int
-    kernels: str
-    """What it computes with: "native " and the instruction set, or "torch"."""
 
 
 class CommReady(_FromWorker, frozen=True, kw_only=True, tag="comm_ready"):
     """A barrier with all peers was passed."""
+
+    kernels: str
+    """What it computes with: "native " and the instruction set, "torch", or "torch on " and a device."""
 
 
 class LoadProgress(_FromWorker, frozen=True, kw_only=True, tag="load_progress"):

@@ -36,7 +36,12 @@ IMPORTS_INSIDE_FUNCTIONS = {
         "shared/hub.py",
         "shared.hub_download",
     ): "huggingface_hub takes a quarter of a second to import",
+    (
+        "worker/comm/device.py",
+        "worker.comm.torch_dist",
+    ): "torch.distributed takes a second to import",
     ("worker/comm/open.py", "worker.comm.torch_dist"): "torch.distributed takes a second to import",
+    ("worker/comm/torch_dist.py", "torch.distributed"): "a torch without NCCL has no such name",
     ("worker/compare/__main__.py", "worker.compare.plot"): "matplotlib takes a second to import",
 }
 """(file, module) -> why it cannot stand at the top of the file."""

@@ -36,7 +36,10 @@ from shared.worker_messages import (
     decode_to_worker,
     encode,
 )
+from worker.comm.device import Accelerator, open_collectives
 from worker.comm.open import open_communicator
+from worker.device import describe as describe_device
+from worker.device import device_of
 from worker.loading import Loading
 from worker.native.api import Pool, native_library
 from worker.ops.choose import describe
@@ -72,7 +75,6 @@ class Worker:
                 rank=self._rank,
                 epoch=self._epoch,
                 pid=os.getpid(),
-                kernels=describe(self._library),
             )
         )
         while True:
@@ -153,8 +155,8 @@ class Worker:
                 self._ready_runner.allocate(order)
                 return Allocated(rank=self._rank, epoch=self._epoch, model=order.model)
             case SetUp():
-                self._set_up(order)
-                return CommReady(rank=self._rank, epoch=self._epoch)
+                kernels = self._set_up(order)
+                return CommReady(rank=self._rank, epoch=self._epoch, kernels=kernels)
             case ShutDown():
                 return None
 
@@ -198,7 +200,8 @@ class Worker:
             )
         )
 
-    def _set_up(self, order: SetUp) -> None:
+    def _set_up(self, order: SetUp) -> str:
+        """Join the other ranks. Returns what this one computes with."""
         torch.set_num_threads(order.threads)
         owned = [range(start, stop) for start, stop in order.comm.owned]
         crowded = order.threads * len(owned) > len(os.sched_getaffinity(0))
@@ -207,11 +210,18 @@ class Worker:
             mine = {cores[(order.core + i) % len(cores)] for i in range(order.threads)}
             os.sched_setaffinity(0, mine)
         self._comm = TimedCommunicator(open_communicator(order.comm, self._shm_fd, crowded))
-        pool = None
-        if self._library is not None:
-            pool = Pool(self._library, order.threads, crowded=crowded)
-        self._runner = Runner(self._comm, owned, order.virtual_shards, pool)
+        pool, accelerator = None, None
+        if order.device == "cuda":
+            device = device_of(order.comm.rank, len(owned))
+            collectives = open_collectives(order.comm, self._comm, device)
+            accelerator, kernels = Accelerator(device, collectives), describe_device(device)
+        else:
+            kernels = describe(self._library)
+            if self._library is not None:
+                pool = Pool(self._library, order.threads, crowded=crowded)
+        self._runner = Runner(self._comm, owned, order.virtual_shards, pool, accelerator)
         self._comm.barrier()
+        return kernels
 
     @property
     def _ready_runner(self) -> Runner:

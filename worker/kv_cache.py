@@ -14,12 +14,18 @@ class KVCache:
     """Keys and values of one model's layers for the KV heads that this rank holds."""
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, blocks: int, dtype: torch.dtype
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
-        """`blocks` blocks for each layer; memory is touched only when it is written."""
+        """`blocks` blocks for each layer; memory is touched only when it is written. device: None is the CPU."""
         shape = (kv_heads, blocks * BLOCK_TOKENS, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
 
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor

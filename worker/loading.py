@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 
 from shared.errors import TpserveError
-from shared.memory import free_bytes
 from shared.worker_messages import FromWorker, Loaded, LoadModel, LoadProgress, WorkerFailed
 from worker.runner import Runner
 
@@ -74,7 +73,7 @@ class Loading:
                 model=model,
                 weight_bytes=weights,
                 kv_block_bytes=block,
-                free_bytes=free_bytes(),
+                free_bytes=self._runner.free_bytes(),
             )
         except LoadCancelledError:
             log.info("rank %d: loading %s was given up", rank, model)

@@ -18,13 +18,17 @@ from shared.model_config import read_model_config
 from shared.sharding import ModelShards
 from shared.worker_messages import AllocateKV, LoadModel, SequenceStep, StepPlan
 from worker.comm.base import Communicator, Floats
+from worker.comm.device import Accelerator
+from worker.device import free_memory
 from worker.layers import Placement
 from worker.loader import Checkpoint
 from worker.model import Decoder
 from worker.native.api import Pool
 from worker.native.sampling import NativeRows
 from worker.ops.base import HeadLayout, Ops
-from worker.ops.choose import make_ops
+from worker.ops.choose import make_device_ops, make_ops
+from worker.ops.device_chooser import DeviceChooser
+from worker.ops.device_ops import DeviceOps
 from worker.sampling.sampler import Sampled, Sampler
 from worker.sampling.vocabulary import Doubles, Ints, Vocabulary
 from worker.shard_cache import ShardCache, cache_key
@@ -43,6 +47,10 @@ class LoadedModel:
     hidden_size: int
     layout: HeadLayout
     sampler: Sampler
+    vocabulary: Vocabulary
+    max_positions: int
+    chooser: DeviceChooser | None = None
+    """Chooses in the sampler's place what it can, where a device computes."""
     last_tokens: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     sums: dict[int, Doubles] = field(default_factory=dict)
     """By slot: of the hidden states [hidden] so far of a text whose mean is wanted."""
@@ -66,12 +74,17 @@ class Runner:
         owned: list[range],
         virtual_shards: int,
         pool: Pool | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
-        """`owned`: the virtual shards of every rank. `pool`: None computes with torch."""
+        """`owned`: the virtual shards of every rank. `pool`: None computes with torch.
+
+        accelerator: computes instead of the CPU.
+        """
         self._comm = comm
         self._owned = owned
         self._virtual_shards = virtual_shards
         self._pool = pool
+        self._accelerator = accelerator
         self._models: dict[str, LoadedModel] = {}
 
     def load(
@@ -94,7 +107,10 @@ class Runner:
                 _give_memory_back()
             progress(weight_bytes)
 
-        ops = make_ops(order, config, self._comm, self._pool, self._owned, packed, cache)
+        if self._accelerator is None:
+            ops = make_ops(order, config, self._comm, self._pool, self._owned, packed, cache)
+        else:
+            ops = make_device_ops(order, config, self._accelerator, packed)
         placement = Placement(shards, self._owned[self._comm.rank], ops)
         checkpoint = Checkpoint(folder)
         decoder = None
@@ -107,9 +123,18 @@ class Runner:
         _give_memory_back()
         token_ids = [[shards.vocab_rows(range(v, v + 1)) for v in owned] for owned in self._owned]
         rows = None if self._pool is None else NativeRows(self._pool.library)
-        sampler = Sampler(self._comm, Vocabulary(self._comm.rank, token_ids, rows))
+        vocabulary = Vocabulary(self._comm.rank, token_ids, rows)
         layers, layout = config.num_layers, placement.head_layout()
-        loaded = LoadedModel(decoder, ops, layers, config.hidden_size, layout, sampler)
+        loaded = LoadedModel(
+            decoder=decoder,
+            ops=ops,
+            layers=layers,
+            hidden_size=config.hidden_size,
+            layout=layout,
+            sampler=Sampler(self._comm, vocabulary),
+            vocabulary=vocabulary,
+            max_positions=order.max_model_len,
+        )
         # Replaced, not changed: steps of other models may be looking at it in the main thread.
         self._models = {**self._models, order.model: loaded}
         return ops.weight_bytes, ops.block_bytes(layers, layout)
@@ -124,6 +149,10 @@ class Runner:
             "owned": self._owned[self._comm.rank],
         }
         return ShardCache(Path(order.shard_cache), cache_key(Path(order.path), facts))
+
+    def free_bytes(self) -> int:
+        """Memory for KV caches, and whatever else, where models compute."""
+        return free_memory(None if self._accelerator is None else self._accelerator.device)
 
     def unload(self, model: str) -> None:
         """Give back the memory of a model, or of what was loaded of it."""
@@ -140,6 +169,15 @@ class Runner:
         model = self._models[order.model]
         model.ops.allocate(model.decoder, model.layers, model.layout, order.blocks, order.tokens)
         model.last_tokens = np.zeros(order.slots, dtype=np.int64)
+        if self._accelerator is not None and isinstance(model.ops, DeviceOps):
+            model.chooser = DeviceChooser(
+                model.ops,
+                self._accelerator.collectives,
+                model.vocabulary,
+                slots=order.slots,
+                blocks=order.blocks,
+                max_positions=model.max_positions,
+            )
 
     def step(self, plan: StepPlan) -> StepOutcome:
         """Run one plan; a token for each sequence that wants one, in the plan's order, pass after pass."""
@@ -151,6 +189,15 @@ class Runner:
                 model.sampler.begin(s.slot, s.history)
             if s.pooled and s.start == 0:
                 model.sums[s.slot] = np.zeros(model.hidden_size)
+        if model.chooser is not None and model.chooser.can(plan.sequences):
+            sampled = _choose_on_device(model, model.chooser, plan)
+        else:
+            sampled = self._passes(model, plan)
+        due = [s for s in plan.sequences if s.mean_is_due]
+        means = [(model.sums.pop(s.slot) / s.pooled).astype(np.float32) for s in due]
+        return StepOutcome(sampled, means)
+
+    def _passes(self, model: LoadedModel, plan: StepPlan) -> Sampled:
         sequences = plan.sequences
         sampled = self._pass(model, sequences)
         for _ in range(1, plan.passes):
@@ -158,9 +205,7 @@ class Runner:
             further = self._pass(model, sequences)
             sampled.tokens.extend(further.tokens)
             sampled.logprobs.extend(further.logprobs)
-        due = [s for s in plan.sequences if s.mean_is_due]
-        means = [(model.sums.pop(s.slot) / s.pooled).astype(np.float32) for s in due]
-        return StepOutcome(sampled, means)
+        return sampled
 
     def _pass(self, model: LoadedModel, sequences: Sequence[SequenceStep]) -> Sampled:
         sampled = [(s, s.sampling) for s in sequences if s.sampling is not None]
@@ -179,6 +224,14 @@ class Runner:
     def comm_seconds(self) -> float:
         """Time that models spent in collectives which the communicator did not see."""
         return sum(model.ops.comm_seconds for model in self._models.values())
+
+
+def _choose_on_device(model: LoadedModel, chooser: DeviceChooser, plan: StepPlan) -> Sampled:
+    """All passes of a plan."""
+    tokens = chooser(plan.sequences, plan.passes, model.last_tokens, model.sums)
+    slots = [s.slot for s in plan.sequences if s.sampling is not None]
+    model.last_tokens[slots] = tokens[-1]
+    return Sampled(tokens=tokens.ravel().tolist(), logprobs=[])
 
 
 def following(step: SequenceStep) -> SequenceStep:

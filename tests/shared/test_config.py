@@ -59,6 +59,8 @@ def test_every_option_has_a_flag_with_help() -> None:
         (["--virtual-shards", "6"], ["6", "power of two"]),
         (["--dtype", "fp7"], ["dtype", "fp7"]),
         (["--comm", "smoke-signals"], ["comm", "smoke-signals"]),
+        (["--comm", "nccl"], ["nccl", "--device cuda"]),
+        (["--device", "cuda", "--workers", "auto"], ["workers", "auto", "number of GPUs"]),
         (["--model", "justaname"], ["justaname", "NAME=MODEL"]),
         (["--model", "a=x", "--model", "a=y"], ["'a'", "twice"]),
         (["--kv-memory", "lots"], ["lots", "512M"]),

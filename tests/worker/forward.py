@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from shared.messages import Precision
 from shared.worker_messages import AllocateKV, LoadModel, Sampling, SequenceStep
 from tests.worker.rank_threads import VIRTUAL_SHARDS, run_ranks
 from worker.comm.base import Communicator, Floats
+from worker.comm.device import Accelerator, Alone, ThroughHost
 from worker.native.api import Pool, native_library
 from worker.runner import LoadedModel, Runner
 
@@ -27,7 +29,11 @@ def loaded(
     """The model on one rank, ready for steps."""
     library = native_library() if kernels == "native" else None
     pool = None if library is None else Pool(library, 1, crowded=comm.world > 2)
-    runner = Runner(comm, owned, VIRTUAL_SHARDS, pool)
+    accelerator = None
+    if kernels == "device":
+        collectives = Alone() if comm.world == 1 else ThroughHost(comm)
+        accelerator = Accelerator(torch.device("cpu"), collectives)
+    runner = Runner(comm, owned, VIRTUAL_SHARDS, pool, accelerator)
     runner.load(
         LoadModel(
             model="m", path=str(folder), dtype=dtype, kv_dtype="fp32", max_model_len=max_model_len

@@ -33,6 +33,12 @@ needs_native = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def kernels(host_kernels: str) -> str:
+    """Comparisons are computed on the CPU."""
+    return host_kernels
+
+
 def pool_of(kernels: str) -> Pool | None:
     library = native_library() if kernels == "native" else None
     return None if library is None else Pool(library, 1, crowded=False)

@@ -33,7 +33,7 @@ def open_communicator(
             return ShmCommunicator(setup, shm_fd, load_library(), crowded)
         case "zmq":
             return ZmqCommunicator(setup)
-        case "gloo":
+        case "gloo" | "nccl":  # NCCL moves device tensors only: worker/comm/device.py
             # Importing torch.distributed takes a second or more; only this transport needs it.
             from worker.comm.torch_dist import GlooCommunicator
 

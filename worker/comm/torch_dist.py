@@ -1,12 +1,13 @@
-"""Collectives over torch.distributed: Gloo, by TCP among the ranks.
+"""Collectives over torch.distributed: Gloo, by TCP among the ranks, and NCCL among their GPUs.
 
-The only module that imports torch.distributed. The process group is our own object, never torch's
+The only module that imports torch.distributed. The process groups are our own objects, never torch's
 global one.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol, cast
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch.distributed import (  # type: ignore[attr-defined]  # FileStore: public, not in stubs
     FileStore,
+    ProcessGroup,
     ProcessGroupGloo,
     Work,
 )
 
-from shared.errors import ConfigError
+from shared.errors import CommError, ConfigError
 from shared.worker_messages import CommSetup
 from worker.comm.base import Row, TreeCommunicator
 
@@ -46,27 +48,17 @@ class GlooCommunicator(TreeCommunicator):
         address.
         """
         super().__init__(setup, _BLOCK_BYTES)
-        if len(setup.addresses) != 1 or not setup.addresses[0].startswith(_FILE_SCHEME):
-            raise ConfigError(f"--comm gloo needs one file:// address, got {setup.addresses}")
         self._round = 0
         self._peers = tuple(rank for rank in range(self.world) if rank != self.rank)
-        self._group: _PointToPoint | None = self._meet(
-            setup.addresses[0].removeprefix(_FILE_SCHEME)
-        )
+        self._group: _PointToPoint | None = self._meet(_rendezvous_file(setup))
 
     def close(self) -> None:
         """See Communicator."""
         self._group = None
 
     def _meet(self, path: str) -> _PointToPoint:
-        # Gloo would otherwise use the interface that the host's name resolves to, if it does.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         deadline = time.monotonic() + self._deadline_s
-        try:
-            Path(path).touch()  # FileStore would try for minutes
-        except OSError as error:
-            raise ConfigError(f"cannot use {path} to start Gloo: {error.strerror}") from None
-        store = FileStore(path, self.world)
+        store = _open_store(path, self.world)
         store.set(_presence_key(self.rank), "1")
         for peer in self._peers:
             try:
@@ -74,7 +66,7 @@ class GlooCommunicator(TreeCommunicator):
             except RuntimeError:
                 raise self.lost(peer, "rendezvous") from None
         try:
-            group = ProcessGroupGloo(store, self.rank, self.world, _time_left(deadline))
+            group = _gloo_group(store, self.rank, self.world, _time_left(deadline))
         except RuntimeError as error:
             peer = self._first_unconnected(store)
             raise self._fail(
@@ -122,6 +114,76 @@ class GlooCommunicator(TreeCommunicator):
             reason = f"connection lost ({_first_sentence(error)})"
             raise self._fail(peer, operation, reason) from None
         return [row for block in blocks for row in block]
+
+
+class GroupCollectives:
+    """Collectives of device tensors: over NCCL where they are on GPUs, over Gloo on the CPU."""
+
+    def __init__(self, setup: CommSetup, device: torch.device) -> None:
+        """Raises ConfigError for a bad address, or a torch without NCCL; CommError."""
+        self.world = len(setup.owned)
+        self.capturable = device.type == "cuda"
+        self._rank = setup.rank
+        store = _open_store(_rendezvous_file(setup) + "-device", self.world)
+        make = _nccl_group if device.type == "cuda" else _gloo_group
+        timeout = timedelta(seconds=setup.deadline_s)
+        with self._naming("rendezvous"):
+            self._group = make(store, self._rank, self.world, timeout)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """See Collectives."""
+        with self._naming("all-reduce"):
+            self._group.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """See Collectives."""
+        gathered = x.new_empty(self.world * x.numel())
+        with self._naming("all-gather"):
+            self._group._allgather_base(gathered, x.flatten()).wait()
+        return gathered.view(self.world, *x.shape)
+
+    @contextmanager
+    def _naming(self, operation: str) -> Iterator[None]:
+        """What torch raises does not say which rank is gone: of two it can only be the other one."""
+        try:
+            yield
+        except RuntimeError as error:
+            peer = next(rank for rank in range(self.world) if rank != self._rank)
+            reason = f"connection lost ({_first_sentence(error)}) in {operation}"
+            raise CommError(peer, reason) from None
+
+
+def _nccl_group(store: FileStore, rank: int, world: int, timeout: timedelta) -> ProcessGroup:
+    try:
+        from torch.distributed import ProcessGroupNCCL
+    except ImportError:
+        raise ConfigError(
+            f"--comm nccl needs a torch with NCCL, and {torch.__version__} has none: use --comm gloo"
+        ) from None
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return cast(ProcessGroup, ProcessGroupNCCL(store, rank, world, options))
+
+
+def _gloo_group(store: FileStore, rank: int, world: int, timeout: timedelta) -> ProcessGroup:
+    # Gloo would otherwise use the interface that the host's name resolves to, if it does.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return cast(ProcessGroup, ProcessGroupGloo(store, rank, world, timeout))
+
+
+def _rendezvous_file(setup: CommSetup) -> str:
+    if len(setup.addresses) != 1 or not setup.addresses[0].startswith(_FILE_SCHEME):
+        raise ConfigError(f"--comm {setup.kind} needs one file:// address, got {setup.addresses}")
+    return setup.addresses[0].removeprefix(_FILE_SCHEME)
+
+
+def _open_store(path: str, world: int) -> FileStore:
+    try:
+        Path(path).touch()  # FileStore would try for minutes
+    except OSError as error:
+        raise ConfigError(f"cannot use {path} to start Gloo: {error.strerror}") from None
+    return FileStore(path, world)
 
 
 def _presence_key(rank: int) -> str:

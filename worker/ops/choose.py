@@ -1,4 +1,5 @@
-"""Which arithmetic a model gets: the native library where it is and can, else torch."""
+"""Which arithmetic a model gets: that of the device, else the native library where it is and can, else
+torch."""
 
 import ctypes
 import logging
@@ -10,8 +11,10 @@ from shared.errors import ModelError
 from shared.model_config import ModelConfig
 from shared.worker_messages import LoadModel
 from worker.comm.base import Communicator
+from worker.comm.device import Accelerator
 from worker.native.api import Pool, isa_of
 from worker.ops.base import Ops
+from worker.ops.device_ops import DeviceOps
 from worker.ops.native import NativeOps, why_not_native
 from worker.ops.torch_ops import TorchOps
 from worker.shard_cache import ShardCache
@@ -19,6 +22,7 @@ from worker.shard_cache import ShardCache
 log = logging.getLogger("worker.ops")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICE_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}
 
 
 def make_ops(
@@ -57,6 +61,27 @@ def make_ops(
         log.warning("%s is computed by torch: %s", order.path, problem)
     dtype, kv_dtype = TORCH_DTYPES[order.dtype], TORCH_DTYPES[order.kv_dtype]
     return TorchOps(comm, dtype, kv_dtype, config.sliding_window, progress)
+
+
+def make_device_ops(
+    order: LoadModel,
+    config: ModelConfig,
+    accelerator: Accelerator,
+    progress: Callable[[int], None],
+) -> DeviceOps:
+    """For the model that `order` names, on a device. Raises ModelError for a precision it has not."""
+    choices = (
+        ("--dtype", order.dtype, _DEVICE_DTYPES),
+        ("--kv-dtype", order.kv_dtype, TORCH_DTYPES),
+    )
+    for option, precision, known in choices:
+        if precision not in known:
+            raise ModelError(
+                f"{option} {precision} is not there with --device cuda; use one of"
+                f" {', '.join(known)}"
+            )
+    dtype, kv_dtype = _DEVICE_DTYPES[order.dtype], TORCH_DTYPES[order.kv_dtype]
+    return DeviceOps(accelerator, dtype, kv_dtype, config.sliding_window, progress)
 
 
 def describe(library: ctypes.CDLL | None) -> str:

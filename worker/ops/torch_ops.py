@@ -230,7 +230,7 @@ class TorchOps:
         q, k = rope(q, cos, sin), rope(k, cos, sin)
         self._cache.write(layer, k, by_head[:, heads + kv_heads :], step.places)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        mixed = attention(q, keys, values, step, self._window, _uneven_kv_of_head(layout))
+        mixed = attention(q, keys, values, step, self._window, uneven_kv_of_head(layout))
         return mixed.reshape(len(qkv), heads * layout.head_dim)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -338,7 +338,7 @@ def _decode_batch(rows: list[int], contexts: list[Ints], window: int | None) -> 
     return DecodeBatch(torch.tensor(rows), torch.from_numpy(places), torch.from_numpy(hidden))
 
 
-def _uneven_kv_of_head(layout: HeadLayout) -> torch.Tensor | None:
+def uneven_kv_of_head(layout: HeadLayout) -> torch.Tensor | None:
     """The KV head of each query head; None when they fall evenly, in order, onto the KV heads."""
     index, kv_heads = layout.kv_of_head, len(layout.kv_heads)
     queries = len(index) // kv_heads if kv_heads else 0

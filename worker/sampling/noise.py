@@ -15,8 +15,8 @@ from worker.sampling.vocabulary import Doubles, Ints
 
 Keys = npt.NDArray[np.uint64]
 
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-_FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+FIRST_FACTOR, SECOND_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
 
@@ -28,7 +28,7 @@ def noise_keys(sampling: Sequence[Sampling], positions: Sequence[int]) -> Keys:
 
 def noise_key(sampling: Sampling, position: int) -> int:
     """What the noise of one row depends on besides the token id."""
-    return _mix(_mix(sampling.seed) + (position + 1) * _GOLDEN_GAMMA)
+    return mix(mix(sampling.seed) + (position + 1) * GOLDEN_GAMMA)
 
 
 def perturb(scores: Doubles, keys: Keys, ids: Ints) -> None:
@@ -43,12 +43,12 @@ def perturb(scores: Doubles, keys: Keys, ids: Ints) -> None:
 def uniform(keys: Keys, ids: Ints) -> Doubles:
     """Numbers in (0, 1) [R, M]: the outputs of SplitMix64 (Steele et al. 2014) begun at `keys`."""
     z = ids.view(np.uint64) + 1
-    z *= _GOLDEN_GAMMA
+    z *= GOLDEN_GAMMA
     z = z + keys
     z ^= z >> 30
-    z *= _FIRST_FACTOR
+    z *= FIRST_FACTOR
     z ^= z >> 27
-    z *= _SECOND_FACTOR
+    z *= SECOND_FACTOR
     z ^= z >> 31
     z >>= 12  # 52 bits and a half are exact in float64; with 53, some would round up to 1
     numbers: Doubles = z.view(np.int64).astype(np.float64)  # faster than from unsigned ones
@@ -57,9 +57,9 @@ def uniform(keys: Keys, ids: Ints) -> Doubles:
     return numbers
 
 
-def _mix(z: int) -> int:
+def mix(z: int) -> int:
     """SplitMix64's output function, as in `uniform`, for a plain integer."""
     z &= _WORD
-    z = ((z ^ (z >> 30)) * _FIRST_FACTOR) & _WORD
-    z = ((z ^ (z >> 27)) * _SECOND_FACTOR) & _WORD
+    z = ((z ^ (z >> 30)) * FIRST_FACTOR) & _WORD
+    z = ((z ^ (z >> 27)) * SECOND_FACTOR) & _WORD
     return z ^ (z >> 31)

@@ -1,0 +1,61 @@
+"""Servers with --device cuda: what GPUs compute, here on the CPU where there is none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.zmq_client import Client
+from tests.e2e.server import Server
+
+CONFIGURATIONS = [(1, "shm"), (2, "nccl"), (2, "gloo"), (3, "shm")]
+ON_CPU = {"TPSERVE_TEST_DEVICE": "cpu"}
+
+
+@pytest.fixture(
+    scope="module", params=CONFIGURATIONS, ids=[f"{comm}-{n}" for n, comm in CONFIGURATIONS]
+)
+def address(request: pytest.FixtureRequest, story_model: Path) -> Iterator[str]:
+    workers, comm = request.param
+    flags = ("--workers", str(workers), "--comm", comm, "--model", f"story={story_model}")
+    memory = ("--kv-memory", "64M")
+    with Server(*flags, *memory, "--device", "cuda", env=ON_CPU) as server:
+        yield server.wait_ready()
+
+
+def test_greedy_stories_are_the_reference(address: str, golden: list[dict[str, Any]]) -> None:
+    with Client(address) as client:
+        assert client.status().kernels == "torch on cpu"
+        streams = [client.story(case["prompt"], temperature=0, max_tokens=200) for case in golden]
+        for stream, case in zip(streams, golden, strict=True):
+            assert stream.result().token_ids == case["new_ids"]
+
+
+# Filled by the first configuration; every other one must agree with it.
+SAMPLED: list[tuple[dict[str, Any], list[int]]] = [
+    ({"temperature": 1.0}, []),
+    ({"temperature": 0.8, "top_k": 40}, []),
+    ({"temperature": 1.2, "top_p": 0.9}, []),
+    ({"temperature": 1.0, "min_p": 0.02}, []),
+    ({"temperature": 1.0, "presence_penalty": 0.5}, []),
+]
+
+
+def test_a_seed_gives_one_story_for_any_number_of_workers(address: str) -> None:
+    with Client(address) as client:
+        for sampling, expected in SAMPLED:
+            done = client.story("Once upon a time", max_tokens=24, seed=7, **sampling).result()
+            expected[:] = expected or done.token_ids
+            assert done.token_ids == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_start_says_so(story_model: Path) -> None:
+    with Server("--model", f"story={story_model}", "--device", "cuda") as server:
+        assert server.wait_exit(120) != 0
+        log = "".join(server.log)
+    assert "--device cuda needs" in log
+    assert "or use --device cpu" in log or "or --device cpu" in log
+    assert "Traceback" not in log
