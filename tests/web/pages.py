@@ -27,7 +27,8 @@ class WebServer:
 
     def start(self) -> None:
         """Return when it answers."""
-        self.process = Server(*self._arguments)
+        # The slowest kernels: the demo models are done with 900 tokens before a test can look.
+        self.process = Server(*self._arguments, env={"TPSERVE_ISA": "scalar"})
         self.address = self.process.wait_ready()
         assert self.process.http_url() == self.url
 
@@ -45,14 +46,26 @@ class WebServer:
     @contextmanager
     def standing_still(self) -> Iterator[None]:
         """Nothing is computed meanwhile: an answer that is asked for does not end."""
-        workers = self.process.workers()
-        for worker in workers:
-            worker.suspend()
-        try:
+        with _suspended(self.process.workers()):
             yield
-        finally:
-            for worker in workers:
-                worker.resume()
+
+    @contextmanager
+    def without_new_workers(self) -> Iterator[None]:
+        """Those that are lost meanwhile are replaced at the end only."""
+        children = psutil.Process(self.process.process.pid).children()
+        with _suspended([c for c in children if "worker.fork_server" in c.cmdline()]):
+            yield
+
+
+@contextmanager
+def _suspended(processes: list[psutil.Process]) -> Iterator[None]:
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def say(page: Page, text: str) -> str:
