@@ -2,8 +2,8 @@
 
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -50,6 +50,22 @@ class WebServer:
             yield
 
     @contextmanager
+    def in_mid_answer(self, page: Page, selector: str, begin: Callable[[], None]) -> Iterator[None]:
+        """What `begin` asks for has its first words in the page, and gets no more meanwhile."""
+        workers = self.process.workers()
+        with _suspended(workers):
+            begin()
+            words = page.locator(selector)
+            while not words.count() or len(words.first.inner_text().strip()) <= 8:
+                for worker in workers:
+                    worker.resume()
+                page.wait_for_timeout(50)
+                for worker in workers:
+                    worker.suspend()
+                page.wait_for_timeout(200)
+            yield
+
+    @contextmanager
     def without_new_workers(self) -> Iterator[None]:
         """Those that are lost meanwhile are replaced at the end only."""
         children = psutil.Process(self.process.process.pid).children()
@@ -65,7 +81,8 @@ def _suspended(processes: list[psutil.Process]) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):  # it may have been ended meanwhile
+                process.resume()
 
 
 def say(page: Page, text: str) -> str:

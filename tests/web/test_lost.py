@@ -11,7 +11,7 @@ pytest.importorskip("playwright", reason="the Python package playwright is not i
 from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from tests.e2e.server import wait_until
-from tests.web.pages import WebServer, session_of, wait_idle, wait_written
+from tests.web.pages import WebServer, session_of, wait_idle
 
 OpenPage = Callable[..., Page]
 NewSession = Callable[..., str]
@@ -21,6 +21,7 @@ LONG = {"temperature": 0, "ignore_eos": True, "max_tokens": TOKENS}
 BACK_TIMEOUT_MS = 120_000
 """Until a server that was started again has answered, on a busy machine too."""
 STORE_TIMEOUT_S = 60.0
+ANSWER = "[aria-label=Answer] .markdown"
 QUESTION = "Tell me something about cats."
 
 
@@ -49,13 +50,12 @@ def test_a_server_that_ends_in_mid_answer_completes_it_after_its_restart(
     open_page: OpenPage, new_session: NewSession, server: WebServer, api: httpx.Client, end: str
 ) -> None:
     page = open_page(new_session("chat", **LONG))
-    ask(page)
-    wait_written(page, "[aria-label=Answer] .markdown")
     try:
-        if end.startswith("stopped"):
-            server.process.stop()
-        else:
-            server.kill()
+        with server.in_mid_answer(page, ANSWER, lambda: ask(page)):
+            if end.startswith("stopped"):
+                server.process.stop()
+            else:
+                server.kill()
         expect(page.get_by_text("Connection lost, trying again")).to_be_visible()
         expect(page.get_by_text("The server cannot be reached")).to_be_visible()
     finally:
@@ -67,9 +67,8 @@ def test_a_gateway_that_dies_in_mid_answer_completes_it(
     open_page: OpenPage, new_session: NewSession, server: WebServer, api: httpx.Client
 ) -> None:
     page = open_page(new_session("chat", **LONG))
-    ask(page)
-    wait_written(page, "[aria-label=Answer] .markdown")
-    server.gateway().kill()
+    with server.in_mid_answer(page, ANSWER, lambda: ask(page)):
+        server.gateway().kill()
     expect(page.get_by_text("Connection lost, trying again")).to_be_visible()
     expect_whole_answer(page, api)
 
@@ -80,12 +79,11 @@ def test_a_story_is_picked_up_too(
     page = open_page(new_session("story", **LONG))
     editor = page.get_by_label("Story", exact=True)
     editor.fill("Once upon a time there was a little bird.")
-    page.get_by_role("button", name="Continue", exact=True).click()
-    wait_written(page, ".mirror .generated")
-    server.gateway().kill()
+    go_on = page.get_by_role("button", name="Continue", exact=True)
+    with server.in_mid_answer(page, ".mirror .generated", go_on.click):
+        server.gateway().kill()
     expect(page.get_by_text("Connection lost, trying again")).to_be_visible()
-    again = page.get_by_role("button", name="Continue", exact=True)
-    expect(again).to_be_enabled(timeout=BACK_TIMEOUT_MS)
+    expect(go_on).to_be_enabled(timeout=BACK_TIMEOUT_MS)
     messages = api.get(f"/api/sessions/{session_of(page)}").json()["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert not messages[1]["partial"]
