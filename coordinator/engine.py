@@ -27,7 +27,7 @@ from coordinator.store import Store
 from coordinator.stored_jobs import StoredJobDesk
 from shared.config import Settings
 from shared.errors import NotReadyError, TpserveError, WorkerLostError
-from shared.job_messages import CancelJob, DeleteJob, FollowJob, GetJob, ListJobs, SubmitJob
+from shared.job_messages import StoredJobRequest
 from shared.messages import GetHealth, GetStatus, Health, Load, Unload
 from shared.worker_messages import StepPlan, StepResult
 
@@ -162,7 +162,7 @@ class Engine:
                 self._model_desk.load(client, question)
             case Unload():
                 self._model_desk.unload(client, question)
-            case SubmitJob() | GetJob() | FollowJob() | ListJobs() | CancelJob() | DeleteJob():
+            case _ if isinstance(question, StoredJobRequest):
                 self._stored_jobs.answer(client, question)
             case _:
                 self._sessions.answer(client, question)

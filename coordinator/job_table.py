@@ -214,7 +214,8 @@ def renew(connection: Connection, holder: str) -> None:
 def recover(connection: Connection, keep_s: int) -> list[Row[Any]]:
     """Have the jobs of holders that are gone begun again; those that were begun too often."""
     running = connection.execute(select(jobs).where(jobs.c.state == "running")).all()
-    now, dead = time.time(), {row.holder for row in running if _is_dead(row.holder)}
+    now, holders = time.time(), {row.holder for row in running}
+    dead = {holder for holder in holders if _is_dead(holder)}
     lost = [row for row in running if row.holder in dead or row.lease < now]
     given_up = []
     for row in lost:

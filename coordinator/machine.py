@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -120,10 +120,8 @@ def machine(*, again: bool = False, say: Callable[[str], None] = log.info) -> Ma
     """
     path = machine_file()
     if not again:
-        try:
+        with suppress(OSError, msgspec.DecodeError):  # not there yet, or of another version
             return msgspec.json.decode(path.read_bytes(), type=Machine)
-        except (OSError, msgspec.DecodeError):
-            pass  # not there yet, or of another version
     say("measuring what this machine can do, once: about ten seconds")
     began = time.monotonic()
     measured = measure()

@@ -2,13 +2,18 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from client.zmq_client import AsyncClient
+from gateway.event_stream import unless_gone
 from gateway.metrics import Metrics
 from gateway.settings import HttpSettings
+from shared.protocol import Event
+from shared.protocol import Request as Question
+
+E = TypeVar("E", bound=Event)
 
 NO_KEYS_USER = "local"
 """Who everybody is when the gateway has no keys; clients over ZeroMQ are the same one."""
@@ -49,3 +54,8 @@ def owned(request: Request) -> dict[str, Any]:
 def note(request: Request, **fields: object) -> None:
     """Add to the line that the log gets when the request has ended."""
     request.state.log_fields.update(fields)
+
+
+async def ask(gateway: Gateway, request: Request, question: Question, answer: type[E]) -> E:
+    """The coordinator's one answer, for as long as the HTTP client is there to have it."""
+    return await unless_gone(request.receive, gateway.client.ask(question, answer))

@@ -1,7 +1,7 @@
 """The routes of jobs that the server keeps: they go on whether or not their client does."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from client.errors import remote_error
 from gateway.body import read_object, read_query
-from gateway.context import Gateway, note, once, owned, user
+from gateway.context import Gateway, ask, note, once, owned, user
 from gateway.errors import error_body, json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
 from gateway.openapi import COORDINATOR, JOB_ERRORS, ErrorDetail, operation, trimmed
@@ -29,14 +29,11 @@ from shared.job_messages import (
     JobState,
     ListJobs,
     StoredJob,
-    StoredJobRequest,
     StoredJobs,
     SubmitJob,
 )
 from shared.messages import Cancelled, Done, Failed, Partial
 from shared.protocol import Event
-
-E = TypeVar("E", bound=Event)
 
 ERRORS = (*COORDINATOR, DatabaseError, JobsOffError)
 ABOUT_ONE = (*ERRORS, JobNotFoundError)
@@ -90,7 +87,7 @@ def job_routes(gateway: Gateway) -> APIRouter:
             limit=wanted.limit,
             cursor=wanted.cursor,
         )
-        page = await _ask(gateway, request, question, StoredJobs)
+        page = await ask(gateway, request, question, StoredJobs)
         found = [_info(info) for info in page.jobs]
         return json_response({"jobs": found, "cursor": page.cursor})
 
@@ -107,7 +104,7 @@ def job_routes(gateway: Gateway) -> APIRouter:
     async def submit(request: Request) -> Response:
         body = await read_object(request, limits.max_body_bytes, limits.body_timeout)
         wanted = request_from(SubmitJob, body, renamed={"id": "job"}, **owned(request))
-        job = await _ask(gateway, request, wanted, StoredJob)
+        job = await ask(gateway, request, wanted, StoredJob)
         note(request, job=job.job.job)
         return json_response(_whole(job), 202)
 
@@ -119,7 +116,7 @@ def job_routes(gateway: Gateway) -> APIRouter:
     )
     async def get(request: Request, job: str) -> Response:
         wanted = request_from(GetJob, {}, job=job, **owned(request))
-        return json_response(_whole(await _ask(gateway, request, wanted, StoredJob)))
+        return json_response(_whole(await ask(gateway, request, wanted, StoredJob)))
 
     @router.get(
         "/{job}/stream",
@@ -150,7 +147,7 @@ def job_routes(gateway: Gateway) -> APIRouter:
     )
     async def cancel(request: Request, job: str) -> Response:
         wanted = request_from(CancelJob, {}, job=job, **owned(request))
-        return json_response(_whole(await _ask(gateway, request, wanted, StoredJob)))
+        return json_response(_whole(await ask(gateway, request, wanted, StoredJob)))
 
     @router.delete(
         "/{job}",
@@ -163,7 +160,7 @@ def job_routes(gateway: Gateway) -> APIRouter:
     )
     async def delete(request: Request, job: str) -> Response:
         wanted = request_from(DeleteJob, {}, job=job, **owned(request))
-        gone = await _ask(gateway, request, wanted, JobGone)
+        gone = await ask(gateway, request, wanted, JobGone)
         return json_response({"id": gone.job})
 
     return router
@@ -174,10 +171,6 @@ async def _followed(first: Event, rest: AsyncIterator[Event]) -> AsyncGenerator[
     async for event in rest:
         yield data(named(event))
     yield DONE
-
-
-async def _ask(gateway: Gateway, request: Request, wanted: StoredJobRequest, answer: type[E]) -> E:
-    return await unless_gone(request.receive, gateway.client.ask(wanted, answer))
 
 
 def _whole(job: StoredJob) -> dict[str, Any]:

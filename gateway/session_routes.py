@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter
@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from client.zmq_client import AsyncStream
 from gateway.body import read_object, read_query
-from gateway.context import Gateway, note, once, owned, user
+from gateway.context import Gateway, ask, note, once, owned, user
 from gateway.errors import json_response
 from gateway.event_stream import DONE, EventStream, data, unless_gone
 from gateway.jobs import JobEvent, accepted, results
@@ -28,7 +28,6 @@ from shared.errors import (
     TpserveError,
 )
 from shared.messages import Done, Started
-from shared.protocol import Event
 from shared.session_messages import (
     ConfigureSession,
     ContinueTurn,
@@ -49,7 +48,6 @@ from shared.session_messages import (
     SessionExported,
     SessionGone,
     SessionHits,
-    SessionRequest,
     Sessions,
     SessionState,
     StoredId,
@@ -59,7 +57,6 @@ from shared.session_messages import (
     WriteStory,
 )
 
-E = TypeVar("E", bound=Event)
 Route = Callable[[Request, int], Awaitable[Response]]
 
 CHANGES: Mapping[str, type[Rollback | SelectBranch | Undo | Redo]] = {
@@ -137,7 +134,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
         question = ListSessions(
             id=once(request), user=user(request), limit=wanted.limit, cursor=wanted.cursor
         )
-        return json_response(plain(await _ask(gateway, request, question, Sessions)))
+        return json_response(plain(await ask(gateway, request, question, Sessions)))
 
     @router.post(
         "",
@@ -151,7 +148,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     )
     async def create(request: Request) -> Response:
         wanted = request_from(CreateSession, await _body(gateway, request), **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
+        return json_response(plain(await ask(gateway, request, wanted, SessionState)), 201)
 
     @router.get(
         "/search",
@@ -167,7 +164,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
         question = SearchSessions(
             id=once(request), user=user(request), text=wanted.query, limit=wanted.limit
         )
-        return json_response(plain(await _ask(gateway, request, question, SessionHits)))
+        return json_response(plain(await ask(gateway, request, question, SessionHits)))
 
     @router.post(
         "/import",
@@ -182,7 +179,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     async def import_(request: Request) -> Response:
         exported = await _body(gateway, request)
         wanted = request_from(ImportSession, {"data": exported}, **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionState)), 201)
+        return json_response(plain(await ask(gateway, request, wanted, SessionState)), 201)
 
     @router.get(
         "/{session:stored_id}",
@@ -190,7 +187,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     )
     async def get(request: Request, session: int) -> Response:
         wanted = request_from(GetSession, {}, session=session, **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+        return json_response(plain(await ask(gateway, request, wanted, SessionState)))
 
     @router.delete(
         "/{session:stored_id}",
@@ -203,7 +200,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     )
     async def delete(request: Request, session: int) -> Response:
         wanted = request_from(DeleteSession, {}, session=session, **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionGone)))
+        return json_response(plain(await ask(gateway, request, wanted, SessionGone)))
 
     @router.patch(
         "/{session:stored_id}",
@@ -218,7 +215,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     async def configure(request: Request, session: int) -> Response:
         body = await _body(gateway, request)
         wanted = request_from(ConfigureSession, body, session=session, **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+        return json_response(plain(await ask(gateway, request, wanted, SessionState)))
 
     @router.put(
         "/{session:stored_id}/text",
@@ -233,7 +230,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     async def write(request: Request, session: int) -> Response:
         body = await _body(gateway, request)
         wanted = request_from(WriteStory, body, session=session, **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+        return json_response(plain(await ask(gateway, request, wanted, SessionState)))
 
     @router.get(
         "/{session:stored_id}/export",
@@ -241,7 +238,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     )
     async def export(request: Request, session: int) -> Response:
         wanted = request_from(ExportSession, {}, session=session, **owned(request))
-        return json_response((await _ask(gateway, request, wanted, SessionExported)).data)
+        return json_response((await ask(gateway, request, wanted, SessionExported)).data)
 
     for name, change in CHANGES.items():
         router.add_api_route(
@@ -279,7 +276,7 @@ def _changing(gateway: Gateway, kind: type[Rollback | SelectBranch | Undo | Redo
     async def change(request: Request, session: int) -> Response:
         body = await _body(gateway, request, optional=True)
         wanted = request_from(kind, body, session=session, **owned(request))
-        return json_response(plain(await _ask(gateway, request, wanted, SessionState)))
+        return json_response(plain(await ask(gateway, request, wanted, SessionState)))
 
     return change
 
@@ -324,10 +321,6 @@ async def _turn_events(
                 gateway.metrics.job_done(event)
             yield data(named(event))
     yield DONE
-
-
-async def _ask(gateway: Gateway, request: Request, wanted: SessionRequest, answer: type[E]) -> E:
-    return await unless_gone(request.receive, gateway.client.ask(wanted, answer))
 
 
 async def _body(gateway: Gateway, request: Request, *, optional: bool = False) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def check(client: Client, shadow: Shadow) -> None:
         if messages and messages[-1].role == "user":  # a turn that was cut: begin anew
             client.sessions.rollback(session, messages[-1].parent)
             shadow.sessions[session].pop()
-    assert len({s.id for s in all_sessions(client)}) == len(all_sessions(client))
+    ids = [session.id for session in all_sessions(client)]
+    assert len(set(ids)) == len(ids)
     for job in shadow.jobs:
         client.jobs.get(job)
 
