@@ -7,7 +7,7 @@ asked. All of them end with the context they were entered in.
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,8 @@ class PeerProcess(AbstractContextManager["PeerProcess"]):
     """One of the peers' scripts: a JSON object on a line asks, another one answers."""
 
     def __init__(self, peer: Installed, script: str, *arguments: str) -> None:
-        self._process = _lines([str(peer.python), str(HERE / script), *arguments])
+        command = [str(peer.python), str(HERE / script), *arguments]
+        self._process = _lines(command, peer.variables())
         self.description: str = self._read()["ready"]
 
     def __exit__(self, *_: object) -> None:
@@ -139,6 +140,12 @@ def transformers(peer: Installed, model: Path, threads: int, dtype: str) -> Peer
     return PeerProcess(peer, "peer_transformers.py", str(model), *flags)
 
 
+def vllm(peer: Installed, model: Path, dtype: str, streams: int, context: int) -> PeerProcess:
+    """vLLM with the checkpoint itself; it takes a thread for each core. dtype as torch calls it."""
+    sizes = ["--streams", str(streams), "--context", str(context)]
+    return PeerProcess(peer, "peer_vllm.py", str(model), "--dtype", dtype, *sizes)
+
+
 class MemoryReaders(AbstractContextManager["MemoryReaders"]):
     """Processes of memory_speed.cpp, which read more memory than any cache holds."""
 
@@ -165,8 +172,11 @@ class MemoryReaders(AbstractContextManager["MemoryReaders"]):
         return sum(float(_read(process)) for process in processes)
 
 
-def _lines(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _lines(
+    command: list[str], environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
 
 def _write(process: subprocess.Popen[str], line: str) -> None:

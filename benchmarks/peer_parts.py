@@ -1,7 +1,7 @@
 """The parts of peers.py: who competes in what, how much of it, and the ratios that matter."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from benchmarks.contestants import (
     llama_cpp,
     openvino,
     transformers,
+    vllm,
 )
 from benchmarks.interleaved import Part, Ratio, Rounds, interleave
 from benchmarks.peer_files import Peers, gguf, openvino_model
@@ -60,9 +61,9 @@ PREFILL_GOALS: Mapping[int, float] = {128: 280, 512: 280}
 """By streams and by prompt tokens: tokens per second on the machine that the goals were set for."""
 BATCH_TOKENS = 32
 """Of each stream in a sample."""
-LLAMA_CPP_BATCH_TOKENS = 8
-"""With as many as the others it would take most of the time."""
-LLAMA_CPP_CONTEXT = 576
+SLOW_BATCH_TOKENS = 8
+"""Of engines that would take most of the time with as many as the others."""
+BATCH_CONTEXT = 576
 """For the longest prompt."""
 
 STORY_PROMPT = "Once upon a time"
@@ -100,6 +101,7 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
     threaded = f"tpserve {dtype}, 1 worker x {CORES} threads"
     peer = f"llama.cpp {precision.gguf.upper()}, {CORES} threads"
     hugging_face = f"transformers {dtype}, {CORES} threads"
+    v_llm = f"vLLM {dtype}, {CORES} threads"
     one_reader = "reading the weights and no more, 1 process"
     readers = f"reading the weights and no more, {CORES} processes"
     contenders: dict[str, Callable[[], float]] = {}
@@ -116,6 +118,9 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
             contenders[hugging_face] = _decoding(
                 stack.enter_context(process), prompt, 1, precision.tokens
             )
+        if bench.peers.vllm and dtype == "bf16":
+            process = vllm(bench.peers.vllm, bench.model, "bfloat16", 1, BATCH_CONTEXT)
+            contenders[v_llm] = _decoding(stack.enter_context(process), prompt, 1, precision.tokens)
         if bench.memory_speed is not None:
             memory = stack.enter_context(MemoryReaders(bench.memory_speed, CORES))
             step = precision.bytes_per_step(bench.model)
@@ -129,6 +134,7 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
         ratios=[
             Ratio(two, peer, precision.goal),
             Ratio(two, hugging_face),
+            Ratio(two, v_llm),
             Ratio(two, readers, READING_GOAL),
             Ratio(two, one, SCALING_GOAL),
             Ratio(two, threaded, 1),
@@ -142,42 +148,77 @@ def _decode(bench: Bench, dtype: str, precision: Precision) -> Part:
 
 
 def batch(bench: Bench) -> Iterator[Part]:
-    """int8 with many streams, and prompts."""
+    """Many streams, and prompts, in int8 and in bf16."""
+    with ExitStack() as stack:
+        yield from _batch(bench, "int8", _int8_engines(bench, stack), BATCH_GOALS, PREFILL_GOALS)
+    with ExitStack() as stack:
+        goals = dict.fromkeys(BATCH_GOALS), dict.fromkeys(PREFILL_GOALS)
+        yield from _batch(bench, "bf16", _bf16_engines(bench, stack), *goals)
+
+
+_Engine = tuple[str, TpserveServer | PeerProcess, int]
+"""Its name, and how many tokens each stream of it writes in a sample."""
+
+
+def _int8_engines(bench: Bench, stack: ExitStack) -> list[_Engine]:
+    """tpserve first."""
+    engines = [_tpserve(bench, "int8", stack)]
+    if bench.peers.openvino:
+        folder = openvino_model(bench.peers.openvino, bench.model)
+        pipeline = stack.enter_context(openvino(bench.peers.openvino, folder, CORES))
+        engines.append((f"OpenVINO GenAI int8, {CORES} threads", pipeline, BATCH_TOKENS))
+    if bench.peers.llama_cpp:
+        file = gguf(bench.peers.llama_cpp, bench.model, "q8_0")
+        engine = stack.enter_context(
+            llama_cpp(bench.peers.llama_cpp, file, CORES, max(BATCH_GOALS), BATCH_CONTEXT)
+        )
+        engines.append((f"llama.cpp Q8_0, {CORES} threads", engine, SLOW_BATCH_TOKENS))
+    return engines
+
+
+def _bf16_engines(bench: Bench, stack: ExitStack) -> list[_Engine]:
+    """tpserve first."""
+    engines = [_tpserve(bench, "bf16", stack)]
+    if bench.peers.vllm:
+        engine = stack.enter_context(
+            vllm(bench.peers.vllm, bench.model, "bfloat16", max(BATCH_GOALS), BATCH_CONTEXT)
+        )
+        engines.append((f"vLLM bf16, {CORES} threads", engine, SLOW_BATCH_TOKENS))
+    return engines
+
+
+def _tpserve(bench: Bench, dtype: str, stack: ExitStack) -> _Engine:
+    server = stack.enter_context(TpserveServer(bench.model, CORES, 1, dtype))
+    return f"tpserve {dtype}, {CORES} workers x 1 thread", server, BATCH_TOKENS
+
+
+def _batch(
+    bench: Bench,
+    dtype: str,
+    engines: Sequence[_Engine],
+    batch_goals: Mapping[int, float | None],
+    prefill_goals: Mapping[int, float | None],
+) -> Iterator[Part]:
     prompts = Prompts(bench.model)
     prompt = prompts.make(PROMPT_TOKENS)
-    with ExitStack() as stack:
-        server = stack.enter_context(TpserveServer(bench.model, CORES, 1, "int8"))
-        engines: list[tuple[str, TpserveServer | PeerProcess, int]] = [
-            (f"tpserve int8, {CORES} workers x 1 thread", server, BATCH_TOKENS)
-        ]
-        if bench.peers.openvino:
-            folder = openvino_model(bench.peers.openvino, bench.model)
-            pipeline = stack.enter_context(openvino(bench.peers.openvino, folder, CORES))
-            engines.append((f"OpenVINO GenAI int8, {CORES} threads", pipeline, BATCH_TOKENS))
-        if bench.peers.llama_cpp:
-            file = gguf(bench.peers.llama_cpp, bench.model, "q8_0")
-            engine = stack.enter_context(
-                llama_cpp(bench.peers.llama_cpp, file, CORES, max(BATCH_GOALS), LLAMA_CPP_CONTEXT)
-            )
-            engines.append((f"llama.cpp Q8_0, {CORES} threads", engine, LLAMA_CPP_BATCH_TOKENS))
-        ours = engines[0][0]
-        for streams, goal in BATCH_GOALS.items():
-            rounds = interleave(
-                {name: _decoding(who, prompt, streams, count) for name, who, count in engines},
-                bench.rounds,
-            )
-            yield _batch_part(f"Decode, int8, batch {streams}", rounds, ours, goal)
-        for tokens, goal in PREFILL_GOALS.items():
-            rounds = interleave(
-                {name: _prefilling(who, prompts, tokens) for name, who, _ in engines},
-                bench.rounds,
-            )
-            yield _batch_part(f"Prefill, int8, {tokens} tokens", rounds, ours, goal)
+    ours = engines[0][0]
+    for streams, goal in batch_goals.items():
+        rounds = interleave(
+            {name: _decoding(who, prompt, streams, count) for name, who, count in engines},
+            bench.rounds,
+        )
+        yield _batch_part(f"Decode, {dtype}, batch {streams}", rounds, ours, goal)
+    for tokens, goal in prefill_goals.items():
+        rounds = interleave(
+            {name: _prefilling(who, prompts, tokens) for name, who, _ in engines},
+            bench.rounds,
+        )
+        yield _batch_part(f"Prefill, {dtype}, {tokens} tokens", rounds, ours, goal)
 
 
-def _batch_part(title: str, rounds: Rounds, ours: str, goal: float) -> Part:
-    peers = [name for name in rounds.samples if name != ours]
-    return Part(title, "tokens/s", rounds, [Ratio(ours, peer) for peer in peers], {ours: goal})
+def _batch_part(title: str, rounds: Rounds, ours: str, goal: float | None) -> Part:
+    ratios = [Ratio(ours, peer) for peer in rounds.samples if peer != ours]
+    return Part(title, "tokens/s", rounds, ratios, {} if goal is None else {ours: goal})
 
 
 def story(bench: Bench) -> Iterator[Part]:
@@ -252,10 +293,3 @@ def _generating(peer: PeerProcess, prompt: Prompt) -> Callable[[], float]:
 def _repeated(rate: Callable[[], float]) -> Callable[[], float]:
     """The rate of some runs of equal length together."""
     return lambda: statistics.harmonic_mean([rate() for _ in range(STORY_RUNS)])
-
-
-PARTS: Mapping[str, Callable[[Bench], Iterator[Part]]] = {
-    "decode": decode,
-    "batch": batch,
-    "story": story,
-}

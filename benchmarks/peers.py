@@ -1,22 +1,23 @@
-"""tpserve beside llama.cpp, OpenVINO GenAI and transformers, in turns on the same machine.
+"""tpserve beside llama.cpp, OpenVINO GenAI, vLLM and transformers, in turns on the same machine.
 
     python benchmarks/peers.py --prepare    # once: installs and compiles the peers, converts models
-    python benchmarks/peers.py [--only decode,batch,story] [--dtypes int4,int8,bf16] [--rounds 4]
+    python benchmarks/peers.py [--only decode,batch,serving,story] [--dtypes int4,int8,bf16] [--rounds 4]
                                [--json FILE] [--report FILE.md]
 
 Every number of tpserve is one that a client of a running server sees; every number of a peer comes
-from a process of its own (peer_llama_cpp.py, peer_openvino.py, peer_transformers.py) with as many
-threads as tpserve has. All that is compared takes turns. Prints Markdown; --report writes the same,
+from a process of its own (peer_llama_cpp.py, peer_openvino.py, peer_vllm.py, peer_transformers.py)
+with as many threads as tpserve has. All that is compared takes turns. Prints Markdown; --report writes the same,
 with a picture beside it. --json keeps every sample after each part; with a file that is already
 there, parts that it has are not measured again.
 
     decode    batch 1 in each precision: against llama.cpp, one worker against two, and against
               reading as many bytes as a step has weights without computing anything
-    batch     int8: 8 and 32 streams, prompts of 128 and 512 tokens
+    batch     int8 and bf16: 8 and 32 streams, prompts of 128 and 512 tokens
+    serving   servers over HTTP: 1, 8 and 32 users, who send prompts of their own at once
     story     a model so small that fixed costs decide: one stream and 32
 
 What llama.cpp does in a plain loop over its C interface is what its bindings and its server can do
-at best, so decode and batch compare with that; story has its Python binding too.
+at best, so decode and batch compare with that; story has its Python binding too, serving its server.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,25 +36,28 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks import peer_files  # noqa: E402 - runnable without being installed
+from benchmarks.interleaved import Part  # noqa: E402
 from benchmarks.machine import Fact, commit, describe_machine  # noqa: E402
 from benchmarks.peer_files import REFERENCE, Peers, PrepareError  # noqa: E402
-from benchmarks.peer_parts import PARTS, PRECISIONS, Bench  # noqa: E402
+from benchmarks.peer_parts import PRECISIONS, Bench, batch, decode, story  # noqa: E402
 from benchmarks.peer_report import read_report  # noqa: E402
+from benchmarks.peer_serving import serving  # noqa: E402
 from worker.native.toolchain import find_compiler  # noqa: E402
 
 PRESET = "tinyllama-1.1b"
+PARTS: Mapping[str, Callable[[Bench], Iterator[Part]]] = {
+    "decode": decode,
+    "batch": batch,
+    "serving": serving,
+    "story": story,
+}
 
 
 def describe_peers(peers: Peers) -> list[Fact]:
     """Which versions, and who is missing."""
-    found = {
-        "llama.cpp": peers.llama_cpp,
-        "OpenVINO GenAI": peers.openvino,
-        "transformers": peers.transformers,
-    }
     return [
         Fact(name, peer.version if peer else "not installed: left out")
-        for name, peer in found.items()
+        for name, peer in peers.by_name().items()
     ]
 
 
