@@ -20,8 +20,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.scaling.random_model import random_checkpoint
+
 PROJECT = Path(__file__).resolve().parent.parent
-REFERENCE = PROJECT.parent / "shared"
 HERE = Path(__file__).resolve().parent
 CACHE = PROJECT / "build" / "peers"
 
@@ -99,7 +100,6 @@ def find_peers() -> Peers:
 
 def prepare_environments() -> None:
     """Install what is missing. A peer that cannot be installed is left out with a line that says so."""
-    os.nice(19)  # compiling takes many minutes, and somebody else may be using the machine
     for module, install in _INSTALL.items():
         if _find(module) is None:
             try:
@@ -197,15 +197,9 @@ def _environment_of(module: str) -> dict[str, str]:
     return {}
 
 
-def random_checkpoint(preset: str) -> Path:
+def random_weights(shape: str) -> Path:
     """A checkpoint in a real model's shape."""
-    folder = CACHE / preset
-    if not (folder / "config.json").exists():
-        tool = REFERENCE / "tools" / "make_checkpoint.py"
-        if not tool.exists():
-            raise PrepareError(f"there is no {tool}; give a checkpoint with --model")
-        _run([sys.executable, str(tool), preset, str(folder)])
-    return folder
+    return random_checkpoint(shape, CACHE / "random" / shape)
 
 
 def gguf(llama_cpp: Installed, model: Path, kind: str) -> Path:

@@ -1,8 +1,11 @@
 """tpserve beside llama.cpp, OpenVINO GenAI, vLLM and transformers, in turns on the same machine.
 
-    python benchmarks/peers.py --prepare    # once: installs and compiles the peers, converts models
     python benchmarks/peers.py [--only decode,batch,serving,story] [--dtypes int4,int8,bf16] [--rounds 4]
-                               [--json FILE] [--report FILE.md]
+                               [--json FILE] [--report FILE.md] [--prepare | --measure]
+
+It first makes what it needs and does not find under build/ - installs and compiles the peers, converts
+models - which takes half an hour once. --prepare does only that; --measure leaves peers out that are
+not there.
 
 Every number of tpserve is one that a client of a running server sees; every number of a peer comes
 from a process of its own (peer_llama_cpp.py, peer_openvino.py, peer_vllm.py, peer_transformers.py)
@@ -38,13 +41,14 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks import peer_files  # noqa: E402 - runnable without being installed
 from benchmarks.interleaved import Part  # noqa: E402
 from benchmarks.machine import Fact, commit, describe_machine  # noqa: E402
-from benchmarks.peer_files import REFERENCE, Peers, PrepareError  # noqa: E402
+from benchmarks.peer_files import CACHE, Peers, PrepareError  # noqa: E402
 from benchmarks.peer_parts import PRECISIONS, Bench, batch, decode, story  # noqa: E402
 from benchmarks.peer_report import read_report  # noqa: E402
 from benchmarks.peer_serving import serving  # noqa: E402
 from worker.native.toolchain import find_compiler  # noqa: E402
 
-PRESET = "tinyllama-1.1b"
+SHAPE = "tinyllama-1.1b"
+STORY_SHAPE = "tinystories-656k"
 PARTS: Mapping[str, Callable[[Bench], Iterator[Part]]] = {
     "decode": decode,
     "batch": batch,
@@ -61,6 +65,11 @@ def describe_peers(peers: Peers) -> list[Fact]:
     ]
 
 
+def describe_model(folder: Path) -> str:
+    """Its name, and whether its weights are random."""
+    return f"{folder.name}, random weights" if CACHE in folder.parents else folder.name
+
+
 def compile_memory_speed(folder: Path) -> Path | None:
     """The program that reads memory, for this machine."""
     compiler = find_compiler(os.uname().machine)
@@ -74,11 +83,10 @@ def compile_memory_speed(folder: Path) -> Path | None:
     return program
 
 
-def prepare(model: Path | None, story: Path, dtypes: tuple[str, ...]) -> None:
+def prepare(model: Path, story: Path, dtypes: tuple[str, ...]) -> None:
     """Make everything that `measure` needs, as far as it is missing."""
     peer_files.prepare_environments()
     peers = peer_files.find_peers()
-    model = model or peer_files.random_checkpoint(PRESET)
     if peers.llama_cpp:
         peer_files.gguf(peers.llama_cpp, story, "f32")
         for dtype in dtypes:
@@ -91,8 +99,11 @@ def measure(options: argparse.Namespace) -> None:
     """All parts that are wanted and not there yet; each is kept as soon as it is there."""
     began = time.monotonic()
     peers = peer_files.find_peers()
-    model = options.model or peer_files.random_checkpoint(PRESET)
-    facts = [*describe_machine(), *describe_peers(peers), Fact("model", model.name)]
+    facts = [*describe_machine(), *describe_peers(peers)]
+    facts += [
+        Fact("model", describe_model(options.model)),
+        Fact("story model", describe_model(options.story)),
+    ]
     facts += [
         Fact("tpserve", f"{version('tpserve')}, commit {commit() or 'unknown'}"),
         Fact("date", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} UTC"),
@@ -103,7 +114,7 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             peers=peers,
-            model=model,
+            model=options.model,
             story=options.story,
             memory_speed=compile_memory_speed(Path(folder)),
             rounds=options.rounds,
@@ -138,7 +149,9 @@ def _dtypes(text: str) -> tuple[str, ...]:
 def main() -> None:
     """Prepare or measure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prepare", action="store_true", help="install and convert, then exit")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--prepare", action="store_true", help="install and convert, then exit")
+    steps.add_argument("--measure", action="store_true", help="only with what is there")
     parser.add_argument(
         "--only", type=_parts, default=tuple(PARTS), help=f"of {','.join(PARTS)}, by comma"
     )
@@ -146,18 +159,26 @@ def main() -> None:
         "--dtypes", type=_dtypes, default=tuple(PRECISIONS), help="of decode, by comma"
     )
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--model", type=Path, help=f"a checkpoint (random, {PRESET}'s shape)")
-    parser.add_argument("--story", type=Path, default=REFERENCE / "models" / "story")
+    parser.add_argument("--model", type=Path, help=f"a checkpoint ({SHAPE}'s shape, random)")
+    parser.add_argument("--story", type=Path, help=f"a small one ({STORY_SHAPE}'s shape, random)")
     parser.add_argument("--json", type=Path, help="a file for all samples")
     parser.add_argument(
         "--report", type=Path, help="a file for the tables; a picture goes beside it"
     )
     options = parser.parse_args()
+    options.model = options.model or peer_files.random_weights(SHAPE)
+    options.story = options.story or peer_files.random_weights(STORY_SHAPE)
     try:
         if options.prepare:
+            os.nice(19)  # compiling takes many minutes, and somebody else may be using the machine
             prepare(options.model, options.story, options.dtypes)
         else:
+            if not options.measure:
+                # In a process of its own: what is measured afterwards must not be as nice.
+                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--prepare"], check=True)
             measure(options)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # it has said why
     except PrepareError as error:
         sys.exit(str(error))
 

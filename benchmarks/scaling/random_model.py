@@ -1,7 +1,7 @@
 """Checkpoints with random weights in the shape of real models, so that nothing need be downloaded.
 
-Their text is noise; sizes, number types and names of tensors are the real ones'. The tokenizer has
-made-up words, as many as the real one.
+Their text is noise; sizes, number types and names of tensors are the real ones'. The tokenizer is of
+Llama's kind, so that other engines take it too, with as many tokens as the real one's.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from shared.errors import ConfigError
 
@@ -58,6 +58,17 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 12,
     },
+    "tinystories-656k": _LLAMA
+    | {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "vocab_size": 2048,
+    },
     "tiny": _LLAMA
     | {
         "hidden_size": 64,
@@ -73,6 +84,8 @@ _SPREAD = 0.02
 _REPEATED = 1 << 20
 """Numbers that are drawn; matrices are made of shifted copies, which compute as slowly."""
 _SPECIAL = ("<unk>", "<s>", "</s>")
+_SPACE = "\u2581"
+"""Stands for a space, before a word."""
 
 
 def random_checkpoint(shape: str, folder: Path, seed: int = 0) -> Path:
@@ -85,7 +98,10 @@ def random_checkpoint(shape: str, folder: Path, seed: int = 0) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
-        fields = {"bos_token": _SPECIAL[1], "eos_token": _SPECIAL[2]}
+        fields = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict(zip(("unk_token", "bos_token", "eos_token"), _SPECIAL, strict=True)),
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(fields))
         _save(shapes, folder / "model.safetensors", seed)
         done.write_text(json.dumps(config, indent=1))  # the last one: without it there is nothing
@@ -141,15 +157,43 @@ def _save(shapes: Mapping[str, tuple[int, ...]], path: Path, seed: int) -> None:
 
 
 def _tokenizer(size: int) -> Tokenizer:
-    """Words of letters only, a token each; the shortest are the letters themselves."""
-    words = itertools.chain.from_iterable(
-        map("".join, itertools.product(string.ascii_lowercase, repeat=length))
-        for length in itertools.count(1)
-    )
-    vocabulary = [*_SPECIAL, *itertools.islice(words, size - len(_SPECIAL))]
+    """Words of letters, a token each, and bytes for what is not made of them.
+
+    Merges only ever add a letter to the beginning of a word, so a word is one token as soon as the
+    vocabulary has it, and otherwise its longest beginning and its other letters.
+    """
+    letters = string.ascii_lowercase
+    tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), _SPACE, *letters]
+    merges: list[tuple[str, str]] = []
+    of_last_length = [_SPACE]
+    while len(tokens) < size:
+        longer = itertools.product(of_last_length, letters)
+        new = [*itertools.islice(longer, size - len(tokens))]
+        merges += new
+        of_last_length = list(map("".join, new))
+        tokens += of_last_length
     tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=_SPECIAL[0])
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            unk_token=_SPECIAL[0],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(_SPECIAL))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_SPECIAL[1]} $A", special_tokens=[(_SPECIAL[1], 1)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.machine import commit, cpu_name
 from benchmarks.prompts import Prompts
@@ -22,6 +22,7 @@ from benchmarks.scaling.summary import Row, baseline, split, summarise
 from benchmarks.scaling.tables import PLOTS, as_csv, markdown
 from coordinator import machine
 from coordinator.measured import recall
+from coordinator.text import TextModel
 from shared.config import PROJECT_ROOT
 from shared.errors import ConfigError
 from shared.model_config import read_model_config
@@ -263,6 +264,19 @@ def test_random_checkpoints_have_the_real_shape_and_are_made_once(tmp_path: Path
     assert sum(tensor.numel() for tensor in tensors.values()) == config.parameters
     assert float(tensors["model.embed_tokens.weight"].float().std()) == pytest.approx(0.02, rel=0.1)
     assert AutoConfig.from_pretrained(folder).num_hidden_layers == config.num_layers
+
+
+def test_random_tokenizers_give_any_text_back_and_words_are_one_token(tmp_path: Path) -> None:
+    folder = random_checkpoint("tiny", tmp_path / "tiny")
+    text = TextModel(folder, read_model_config(folder))
+    begin, *ids = text.encode_story("ab an x, Zürich\n")
+    assert text.decode(ids) == "ab an x, Zürich\n"
+    assert begin == SHAPES["tiny"]["bos_token_id"]
+    word = text.encode_story("ab")
+    assert len(word) == 2
+    assert text.encode_story("ab ab") == [*word, word[1]]
+    ours = AutoTokenizer.from_pretrained(folder)
+    assert ours("ab an x, Zürich\n").input_ids == [begin, *ids]
 
 
 def test_the_shape_called_tinyllama_has_its_number_of_parameters(tmp_path: Path) -> None:
