@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Unpack
 
-from client.connection import AsyncConnection, Connection
 from client.requests import SamplingOptions, as_messages, new_id
 from client.sessions import Ask, AsyncAsk
 from client.streams import AsyncStream, Stream
@@ -21,6 +20,7 @@ from shared.job_messages import (
     SubmitJob,
 )
 from shared.messages import Message, SamplingParams
+from shared.protocol import JobRequest
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
 """A story's beginning, or a conversation."""
@@ -33,8 +33,8 @@ class Jobs:
     when the server keeps none.
     """
 
-    def __init__(self, ask: Ask, connection: Callable[[], Connection]) -> None:
-        self._ask, self._connection = ask, connection
+    def __init__(self, ask: Ask, start: Callable[[JobRequest], Stream]) -> None:
+        self._ask, self._start = ask, start
 
     def submit(
         self,
@@ -60,8 +60,7 @@ class Jobs:
 
     def follow(self, job: str, from_token: int = 0) -> Stream:
         """Its answer as it comes, less the first `from_token` tokens. Closing it ends nothing."""
-        request = FollowJob(id=new_id(), job=job, from_token=from_token)
-        return Stream(self._connection(), request)
+        return self._start(FollowJob(id=new_id(), job=job, from_token=from_token))
 
     def page(
         self, limit: int = 50, cursor: str | None = None, *, state: JobState | None = None
@@ -85,8 +84,8 @@ class AsyncJobs:
     Raises what `Jobs` raises.
     """
 
-    def __init__(self, ask: AsyncAsk, connection: Callable[[], AsyncConnection]) -> None:
-        self._ask, self._connection = ask, connection
+    def __init__(self, ask: AsyncAsk, start: Callable[[JobRequest], AsyncStream]) -> None:
+        self._ask, self._start = ask, start
 
     async def submit(
         self,
@@ -112,8 +111,7 @@ class AsyncJobs:
 
     def follow(self, job: str, from_token: int = 0) -> AsyncStream:
         """Its answer as it comes, less the first `from_token` tokens. Closing it ends nothing."""
-        request = FollowJob(id=new_id(), job=job, from_token=from_token)
-        return AsyncStream(self._connection(), request)
+        return self._start(FollowJob(id=new_id(), job=job, from_token=from_token))
 
     async def page(
         self, limit: int = 50, cursor: str | None = None, *, state: JobState | None = None

@@ -5,27 +5,23 @@ from typing import Protocol, TypeVar, Unpack
 
 from msgspec import UNSET, UnsetType
 
-from client.connection import AsyncConnection, Connection
 from client.requests import SamplingOptions, new_id
 from client.streams import AsyncStream, Stream
+from client.turns import Turns
 from shared.messages import Kind, SamplingParams
-from shared.protocol import Event, Request
+from shared.protocol import Event, JobRequest, Request
 from shared.session_messages import (
     ConfigureSession,
-    ContinueTurn,
     CreateSession,
     DeleteSession,
-    EditTurn,
     ExportSession,
     GetSession,
     ImportSession,
     ListSessions,
     Redo,
-    Regenerate,
     Rollback,
     SearchSessions,
     SelectBranch,
-    SendTurn,
     SessionExport,
     SessionExported,
     SessionGone,
@@ -54,11 +50,6 @@ class AsyncAsk(Protocol):
         """Send a request and wait for its one answer."""
 
 
-def _params(options: SamplingOptions) -> SamplingParams | None:
-    """None: the session's own."""
-    return SamplingParams(**options) if options else None
-
-
 def _create(
     kind: Kind, title: str, model: str | None, system: str | None, options: SamplingOptions
 ) -> CreateSession:
@@ -68,7 +59,7 @@ def _create(
     )
 
 
-class Sessions:
+class Sessions(Turns[Stream]):
     """`Client.sessions`: conversations and stories that the server keeps.
 
     Every method may raise what `Client` raises, SessionNotFoundError, SessionBusyError,
@@ -76,8 +67,9 @@ class Sessions:
     another one is refused unless it is told to `wait`; then it follows in order of arrival.
     """
 
-    def __init__(self, ask: Ask, connection: Callable[[], Connection]) -> None:
-        self._ask, self._connection = ask, connection
+    def __init__(self, ask: Ask, start: Callable[[JobRequest], Stream]) -> None:
+        super().__init__(start)
+        self._ask = ask
 
     def create(
         self,
@@ -157,91 +149,16 @@ class Sessions:
         """Make a story's whole text `text`; what it begins with of the old one stays as it is."""
         return self._ask(WriteStory(id=new_id(), session=session, text=text), SessionState)
 
-    def send(
-        self,
-        session: int,
-        text: str = "",
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream:
-        """Say something and have it answered; in a story, write a piece and have it continued."""
-        request = SendTurn(
-            id=new_id(),
-            session=session,
-            text=text,
-            stream=stream,
-            wait=wait,
-            params=_params(options),
-        )
-        return Stream(self._connection(), request)
 
-    def regenerate(
-        self,
-        session: int,
-        message: int | None = None,
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream:
-        """Another answer beside `message`, or after it if it is the user's. None: the last one."""
-        request = Regenerate(
-            id=new_id(),
-            session=session,
-            message=message,
-            stream=stream,
-            wait=wait,
-            params=_params(options),
-        )
-        return Stream(self._connection(), request)
-
-    def edit(
-        self,
-        session: int,
-        message: int,
-        text: str,
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream:
-        """Put `text` beside one of the user's messages and have it answered."""
-        request = EditTurn(
-            id=new_id(),
-            session=session,
-            message=message,
-            text=text,
-            stream=stream,
-            wait=wait,
-            params=_params(options),
-        )
-        return Stream(self._connection(), request)
-
-    def go_on(
-        self,
-        session: int,
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream:
-        """Write on at the last answer, which was cut short; the stream has only what is new."""
-        request = ContinueTurn(
-            id=new_id(), session=session, stream=stream, wait=wait, params=_params(options)
-        )
-        return Stream(self._connection(), request)
-
-
-class AsyncSessions:
+class AsyncSessions(Turns[AsyncStream]):
     """`Sessions` for an event loop; turns are called without await, they do not wait.
 
     Raises what `Sessions` raises.
     """
 
-    def __init__(self, ask: AsyncAsk, connection: Callable[[], AsyncConnection]) -> None:
-        self._ask, self._connection = ask, connection
+    def __init__(self, ask: AsyncAsk, start: Callable[[JobRequest], AsyncStream]) -> None:
+        super().__init__(start)
+        self._ask = ask
 
     async def create(
         self,
@@ -326,79 +243,3 @@ class AsyncSessions:
     async def write(self, session: int, text: str) -> SessionState:
         """Make a story's whole text `text`; what it begins with of the old one stays as it is."""
         return await self._ask(WriteStory(id=new_id(), session=session, text=text), SessionState)
-
-    def send(
-        self,
-        session: int,
-        text: str = "",
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> AsyncStream:
-        """Say something and have it answered; in a story, write a piece and have it continued."""
-        request = SendTurn(
-            id=new_id(),
-            session=session,
-            text=text,
-            stream=stream,
-            wait=wait,
-            params=_params(options),
-        )
-        return AsyncStream(self._connection(), request)
-
-    def regenerate(
-        self,
-        session: int,
-        message: int | None = None,
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> AsyncStream:
-        """Another answer beside `message`, or after it if it is the user's. None: the last one."""
-        request = Regenerate(
-            id=new_id(),
-            session=session,
-            message=message,
-            stream=stream,
-            wait=wait,
-            params=_params(options),
-        )
-        return AsyncStream(self._connection(), request)
-
-    def edit(
-        self,
-        session: int,
-        message: int,
-        text: str,
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> AsyncStream:
-        """Put `text` beside one of the user's messages and have it answered."""
-        request = EditTurn(
-            id=new_id(),
-            session=session,
-            message=message,
-            text=text,
-            stream=stream,
-            wait=wait,
-            params=_params(options),
-        )
-        return AsyncStream(self._connection(), request)
-
-    def go_on(
-        self,
-        session: int,
-        *,
-        stream: bool = True,
-        wait: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> AsyncStream:
-        """Write on at the last answer, which was cut short; the stream has only what is new."""
-        request = ContinueTurn(
-            id=new_id(), session=session, stream=stream, wait=wait, params=_params(options)
-        )
-        return AsyncStream(self._connection(), request)

@@ -57,10 +57,11 @@ __all__ = ["AsyncClient", "AsyncStream", "Client", "JobCancelledError", "RemoteE
 
 E = TypeVar("E", bound=Event)
 C = TypeVar("C", Connection, AsyncConnection)
+S = TypeVar("S", bound=Stream | AsyncStream)
 
 
-class _BaseClient(ABC, Generic[C]):
-    """Where the server is, and the connection to it while there is one."""
+class _BaseClient(ABC, Generic[C, S]):
+    """Where the server is, the connection to it while there is one, and what only sends."""
 
     def __init__(
         self,
@@ -75,6 +76,42 @@ class _BaseClient(ABC, Generic[C]):
         self._current: C | None = None
         self._closed = False
 
+    def story(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: bool = True,
+        priority: int = 0,
+        request_id: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> S:
+        """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
+        request = story_request(
+            prompt, options, request_id, model=model, stream=stream, priority=priority
+        )
+        return self.start(request)
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        *,
+        model: str | None = None,
+        stream: bool = True,
+        priority: int = 0,
+        request_id: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> S:
+        """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
+        request = chat_request(
+            messages, options, request_id, model=model, stream=stream, priority=priority
+        )
+        return self.start(request)
+
+    @abstractmethod
+    def start(self, request: JobRequest) -> S:
+        """Send what is answered by a job's events, made by hand."""
+
     @abstractmethod
     def _connect(self) -> C: ...
 
@@ -86,7 +123,7 @@ class _BaseClient(ABC, Generic[C]):
         return self._current
 
 
-class Client(_BaseClient[Connection]):
+class Client(_BaseClient[Connection, Stream]):
     """Talks to the server at `address` and waits where it has to.
 
     Every method may raise ConnectionLostError: no server has answered within `timeout_s`, it has
@@ -96,44 +133,12 @@ class Client(_BaseClient[Connection]):
     @property
     def sessions(self) -> Sessions:
         """Conversations and stories that the server keeps."""
-        return Sessions(self.ask, self._connection)
+        return Sessions(self.ask, self.start)
 
     @property
     def jobs(self) -> Jobs:
         """Generation that goes on without this client."""
-        return Jobs(self.ask, self._connection)
-
-    def story(
-        self,
-        prompt: str,
-        *,
-        model: str | None = None,
-        stream: bool = True,
-        priority: int = 0,
-        request_id: str | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream:
-        """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
-        request = story_request(
-            prompt, options, request_id, model=model, stream=stream, priority=priority
-        )
-        return Stream(self._connection(), request)
-
-    def chat(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        *,
-        model: str | None = None,
-        stream: bool = True,
-        priority: int = 0,
-        request_id: str | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream:
-        """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
-        request = chat_request(
-            messages, options, request_id, model=model, stream=stream, priority=priority
-        )
-        return Stream(self._connection(), request)
+        return Jobs(self.ask, self.start)
 
     def load(
         self,
@@ -252,7 +257,7 @@ class Client(_BaseClient[Connection]):
         self.close()
 
 
-class AsyncClient(_BaseClient[AsyncConnection]):
+class AsyncClient(_BaseClient[AsyncConnection, AsyncStream]):
     """`Client` for an event loop: `story` and `chat` are called without await, they do not wait.
 
     Raises what `Client` raises.
@@ -261,44 +266,12 @@ class AsyncClient(_BaseClient[AsyncConnection]):
     @property
     def sessions(self) -> AsyncSessions:
         """Conversations and stories that the server keeps."""
-        return AsyncSessions(self.ask, self._connection)
+        return AsyncSessions(self.ask, self.start)
 
     @property
     def jobs(self) -> AsyncJobs:
         """Generation that goes on without this client."""
-        return AsyncJobs(self.ask, self._connection)
-
-    def story(
-        self,
-        prompt: str,
-        *,
-        model: str | None = None,
-        stream: bool = True,
-        priority: int = 0,
-        request_id: str | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> AsyncStream:
-        """Continue `prompt`. Without `stream` the text comes in one piece, at the end."""
-        request = story_request(
-            prompt, options, request_id, model=model, stream=stream, priority=priority
-        )
-        return AsyncStream(self._connection(), request)
-
-    def chat(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        *,
-        model: str | None = None,
-        stream: bool = True,
-        priority: int = 0,
-        request_id: str | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> AsyncStream:
-        """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
-        request = chat_request(
-            messages, options, request_id, model=model, stream=stream, priority=priority
-        )
-        return AsyncStream(self._connection(), request)
+        return AsyncJobs(self.ask, self.start)
 
     async def load(
         self,
