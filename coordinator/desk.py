@@ -220,6 +220,8 @@ class Desk:
                 token_ids=tokens[:used],
                 index=sequence.index,
                 logprobs=details,
+                finish_reason=sequence.finish_reason,
+                stop_reason=sequence.stop_reason,
             )
             self.publish(job.client, event)
         if sequence.finish_reason is not None:

@@ -7,7 +7,7 @@ import msgspec
 
 from coordinator.frontend import Frontend
 from coordinator.sequence import Sequence as Answer
-from shared.messages import Started, Token, TokenLogprob
+from shared.messages import FinishReason, Started, Token, TokenLogprob
 from shared.protocol import Event
 
 
@@ -83,6 +83,8 @@ class Followers:
             answer.text_ends,
             index=answer.index,
             logprobs=answer.logprobs,
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
         )
         if token is not None and (token.token_ids or first):
             follower.known[answer.index] = known + len(token.token_ids)
@@ -111,6 +113,8 @@ def tokens_after(
     *,
     index: int = 0,
     logprobs: Sequence[TokenLogprob] = (),
+    finish_reason: FinishReason | None = None,
+    stop_reason: str | int | None = None,
 ) -> Token | None:
     """An answer without its first `known` tokens and their text; None: there is no more.
 
@@ -127,4 +131,6 @@ def tokens_after(
         token_ids=token_ids[known:],
         index=index,
         logprobs=list(logprobs[known:]),
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
     )

@@ -375,9 +375,16 @@ def _tokens(result: Result, known: int) -> list[Event]:
     answers: Sequence[Choice | Partial] = end.choices if isinstance(end, Done) else end.partial
     found: list[Event] = []
     for index, (answer, ends) in enumerate(zip(answers, result.text_ends, strict=False)):
-        logprobs = answer.logprobs if isinstance(answer, Choice) else []
+        whole = answer if isinstance(answer, Choice) else None
         token = tokens_after(
-            known, answer.text, answer.token_ids, ends, index=index, logprobs=logprobs
+            known,
+            answer.text,
+            answer.token_ids,
+            ends,
+            index=index,
+            logprobs=whole.logprobs if whole else (),
+            finish_reason=whole.finish_reason if whole else None,
+            stop_reason=whole.stop_reason if whole else None,
         )
         if token is not None:
             found.append(token)

@@ -1,11 +1,13 @@
 """`python -m gateway`: read the settings, listen, serve HTTP until a signal."""
 
+import gc
 import os
 import socket
 import sys
 
 from gateway.app import build_app
 from gateway.logs import set_up_logs
+from gateway.memory import use_glibc_allocator
 from gateway.server import make_server
 from gateway.settings import argument_parser, checked_keys, load_settings
 from shared.errors import ConfigError
@@ -17,6 +19,7 @@ EXIT_USAGE = 2
 
 def main() -> int:
     """Entry of the gateway process; the exit code."""
+    use_glibc_allocator(os.environ)
     flags = argument_parser().parse_args()
     if "parent" in flags:
         die_with(flags.parent)
@@ -31,6 +34,7 @@ def main() -> int:
         return EXIT_USAGE
     set_up_logs(settings.log_format, settings.log_level)
     app = build_app(settings, keys)
+    gc.freeze()  # what is here to stay is not looked at again by each collection
     make_server(app, settings, address_of(listener)).run(sockets=[listener])
     return 0
 

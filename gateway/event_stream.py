@@ -81,9 +81,14 @@ class EventStream(Response):
         self._unsent = bytearray()
         self._ended = False
         self._changed = asyncio.Event()
+        self._busy = False
+        """Whether the connection is taking a piece."""
+        self._turned = 0.0
+        """When it began to, or had taken the last one; in the loop's time."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; returns early, with the connection cut, for a client that cannot follow."""
+        self._turned = asyncio.get_running_loop().time()
         tasks = {
             asyncio.create_task(self._collect()),
             asyncio.create_task(self._send_all(send)),
@@ -91,7 +96,9 @@ class EventStream(Response):
         gone = asyncio.create_task(client_gone(receive))
         try:
             while tasks and not gone.done():
-                done, _ = await asyncio.wait({*tasks, gone}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(
+                    {*tasks, gone}, timeout=self._mind(), return_when=asyncio.FIRST_COMPLETED
+                )
                 for task in done & tasks:
                     task.result()
                 tasks -= done
@@ -133,29 +140,36 @@ class EventStream(Response):
         await self._send(send, start)
         while self._unsent or not self._ended:
             if not self._unsent:
-                await self._wait()
-                if self._ended and not self._unsent:
-                    break
-            piece = bytes(self._unsent) or PING
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            piece = bytes(self._unsent)
             self._unsent.clear()
             await self._send(send, {"type": "http.response.body", "body": piece, "more_body": True})
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _wait(self) -> None:
-        """For something to send, or the time of a ping."""
-        self._changed.clear()
-        try:
-            async with asyncio.timeout(self._ping_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return
-
     async def _send(self, send: Send, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self._slow_reader_s):
-                await send(message)
-        except TimeoutError:
-            raise SlowReaderError(f"it has read nothing for {self._slow_reader_s:g} s") from None
+        now = asyncio.get_running_loop().time
+        self._busy, self._turned = True, now()
+        await send(message)
+        self._busy, self._turned = False, now()
+
+    def _mind(self) -> float:
+        """Ping a client that gets nothing; in how many seconds to look again.
+
+        Raises SlowReaderError for one that takes nothing. A look now and then spares every event a
+        timer of its own.
+        """
+        waited = asyncio.get_running_loop().time() - self._turned
+        if self._busy:
+            if waited >= self._slow_reader_s:
+                raise SlowReaderError(f"it has read nothing for {self._slow_reader_s:g} s")
+            return self._slow_reader_s - waited
+        if waited >= self._ping_s:
+            self._unsent += PING
+            self._changed.set()
+            waited = 0.0
+        return min(self._ping_s - waited, self._slow_reader_s)
 
 
 async def _end(*tasks: "asyncio.Future[Any]") -> None:

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import error_response
+from gateway.memory import OpenRequests
 from gateway.metrics import Metrics
 from shared.errors import InvalidRequestError
 
@@ -64,6 +65,7 @@ class RequestLog:
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
+        self._open = OpenRequests()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on under its id."""
@@ -86,13 +88,14 @@ class RequestLog:
             await send(message)
 
         try:
-            if valid:
-                await self._app(scope, receive, send_named)
-            else:
-                error = InvalidRequestError(
-                    f"X-Request-Id is {given!r:.80}: 1 to 48 letters, digits, dots, _ and -"
-                )
-                await error_response(error)(scope, receive, send_named)
+            with self._open:
+                if valid:
+                    await self._app(scope, receive, send_named)
+                else:
+                    error = InvalidRequestError(
+                        f"X-Request-Id is {given!r:.80}: 1 to 48 letters, digits, dots, _ and -"
+                    )
+                    await error_response(error)(scope, receive, send_named)
         except asyncio.CancelledError:
             # The grace period is over. Not raised again: uvicorn would log it as a mistake of ours.
             state["transport"].abort()

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from shared.messages import Choice, ModelInfo, TokenLogprob, Usage
+from shared.messages import Choice, ModelInfo, Token, TokenLogprob, Usage
 
 _REPLACEMENT = "\ufffd"
 
@@ -46,15 +46,15 @@ class Shape(ABC):
             return None
         return self._chunk(model, {"index": index, **delta, "finish_reason": None})
 
-    def last_piece(self, model: str, choice: Choice) -> dict[str, Any]:
+    def last_piece(self, model: str, index: int, end: Choice | Token) -> dict[str, Any]:
         """The chunk that says why a choice ended."""
         return self._chunk(
             model,
             {
-                "index": choice.index,
-                **self._end_delta(choice.index),
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.stop_reason,
+                "index": index,
+                **self._end_delta(index),
+                "finish_reason": end.finish_reason,
+                "stop_reason": end.stop_reason,
             },
         )
 

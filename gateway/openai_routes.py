@@ -126,6 +126,8 @@ async def _chunks(
     """The events of the stream."""
     model = wanted.model or ""
     usages: list[Usage] = []
+    ended: set[int] = set()
+    """Choices whose end has been told."""
     # Who asks for usage gets the field in every chunk, null but in the last one.
     no_usage = {"usage": None} if wanted.include_usage else {}
     async with aclosing(events):
@@ -139,11 +141,16 @@ async def _chunks(
                     piece = shape.piece(model, index, event.text, event.logprobs)
                     if piece is not None:
                         yield data({**piece, **no_usage})
+                    if event.finish_reason is not None:
+                        ended.add(index)
+                        yield data({**shape.last_piece(model, index, event), **no_usage})
                 case Done():
                     gateway.metrics.job_done(event)
                     usages.append(event.usage)
                     for choice in _choices(job, event, wanted):
-                        yield data({**shape.last_piece(event.model, choice), **no_usage})
+                        if choice.index not in ended:  # a coordinator before this field
+                            last = shape.last_piece(event.model, choice.index, choice)
+                            yield data({**last, **no_usage})
     if wanted.include_usage:
         yield data(shape.usage_piece(model, _total(usages)))
     yield DONE

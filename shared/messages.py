@@ -272,6 +272,10 @@ class Token(BaseEvent, frozen=True, kw_only=True, tag="token", omit_defaults=Tru
     token_ids: list[int]
     index: int = 0
     logprobs: list[TokenLogprob] = []
+    finish_reason: FinishReason | None = None
+    """Why the answer ends with these tokens; None: it goes on."""
+    stop_reason: str | int | None = None
+    """As of `Choice`."""
 
 
 class Progress(BaseEvent, frozen=True, kw_only=True, tag="progress"):

@@ -104,6 +104,29 @@ def test_the_events_of_n_answers_tell_which_is_which(client: Client) -> None:
     assert texts == [choice.text for choice in stream.result().choices]
 
 
+def test_each_of_n_answers_tells_its_end_with_its_last_tokens(client: Client) -> None:
+    alone = [client.story(PROMPT, temperature=1, seed=s, max_tokens=40).result() for s in (5, 6, 7)]
+    first, second, _ = (done.text for done in alone)
+    # What only one of the two writes ends it before the other.
+    stop = next(second[i : i + 6] for i in range(len(second)) if second[i : i + 6] not in first)
+    ended: dict[int, tuple[str | None, str | int | None]] = {}
+    written = [0, 0, 0]
+    stream = client.story(PROMPT, temperature=1, seed=5, n=3, max_tokens=40, stop=[stop])
+    went_on = False
+    for event in stream.events():
+        if isinstance(event, Token):
+            assert event.index not in ended, "nothing comes after the end"
+            went_on = went_on or bool(ended)
+            written[event.index] += len(event.token_ids)
+            if event.finish_reason is not None:
+                ended[event.index] = event.finish_reason, event.stop_reason
+    choices = stream.result().choices
+    assert ended == {c.index: (c.finish_reason, c.stop_reason) for c in choices}
+    assert ended[1] == ("stop", stop)
+    assert written == [len(choice.token_ids) for choice in choices]
+    assert went_on
+
+
 def test_logprobs_report_the_chosen_token_and_the_best_ones(client: Client) -> None:
     done = client.story(PROMPT, temperature=0, max_tokens=5, logprobs=3).result()
     reported = done.choices[0].logprobs

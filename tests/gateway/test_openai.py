@@ -119,6 +119,24 @@ def test_several_choices_and_several_prompts_are_numbered_as_openai_does(openai:
     assert sorted(ends) == [0, 1, 2, 3]
 
 
+def test_a_choice_that_ends_early_says_so_while_the_others_go_on(openai: OpenAI) -> None:
+    alone = openai.completions.create(model="story", prompt=ONCE, seed=5, n=2, max_tokens=64)
+    long, short = (choice.text for choice in alone.choices)
+    stop = next(short[i : i + 6] for i in range(len(short)) if short[i : i + 6] not in long)
+    events: list[tuple[int, str | None, str]] = []
+    for chunk in openai.completions.create(
+        model="story", prompt=ONCE, seed=5, n=2, max_tokens=64, stop=stop, stream=True
+    ):
+        (choice,) = chunk.choices
+        events.append((choice.index, choice.finish_reason, choice.text))
+    ends = {index: at for at, (index, reason, _) in enumerate(events) if reason is not None}
+    assert ends.keys() == {0, 1}
+    assert events[ends[1]][1] == "stop"
+    assert ends[1] < ends[0] == len(events) - 1
+    assert "".join(text for index, _, text in events[ends[1] :] if index == 0)
+    assert not [event for event in events[ends[1] + 1 :] if event[0] == 1]
+
+
 def test_a_seed_makes_two_chat_choices_repeatable(openai: OpenAI) -> None:
     first, second = (
         openai.chat.completions.create(
