@@ -123,6 +123,10 @@ class Cluster:
         self._loads: dict[str, Load] = {}
         self._holding: list[ModelOnWorkers] = []
         """Models that have KV memory in this epoch."""
+        self.awaited: list[int] = []
+        """Ranks that all others wait for while the workers are brought up."""
+        self.heard_at = 0.0
+        """When a worker of this epoch has last said something."""
         self._shm_fd: int | None = None
 
     def start(self) -> None:
@@ -178,6 +182,7 @@ class Cluster:
             ) from None
         if message.epoch != self.epoch:
             return None  # from a worker that was given up
+        self.heard_at = time.monotonic()
         if isinstance(message, StepResult):
             return message
         if isinstance(message, WorkerTimes):
@@ -291,7 +296,8 @@ class Cluster:
         loaded = yield from self._hear_all(Loaded)
         model.weight_bytes = [answer.weight_bytes for answer in loaded]
         model.kv_block_bytes = [answer.kv_block_bytes for answer in loaded]
-        model.kv_blocks = self._kv_blocks(model, loaded, still_to_come)
+        if not model.kv_blocks:  # later epochs get what the first one got: jobs count on it
+            model.kv_blocks = self._kv_blocks(model, loaded, still_to_come)
         self._to_all(
             AllocateKV(
                 model=model.name,
@@ -312,7 +318,8 @@ class Cluster:
     def _hear_all(self, kind: type[M]) -> Generator[None, FromWorker, list[M]]:
         """One message of `kind` from every rank, by rank."""
         heard: dict[int, M] = {}
-        while len(heard) < len(self.owned):
+        while awaited := [rank for rank in range(len(self.owned)) if rank not in heard]:
+            self.awaited = awaited
             message = yield
             if isinstance(message, kind):
                 heard[message.rank] = message

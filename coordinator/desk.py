@@ -6,7 +6,7 @@ Knows nothing of steps and workers. Every accepted job gets exactly one `done`, 
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from coordinator.embedding import normalised
 from coordinator.followers import Followers
@@ -21,6 +21,7 @@ from shared.config import Settings
 from shared.embedding_messages import Embed
 from shared.errors import (
     InvalidRequestError,
+    JobKillsWorkersError,
     JobNotFoundError,
     NotReadyError,
     SlowReaderError,
@@ -55,6 +56,8 @@ Question = GetStatus | GetHealth | Load | Unload | SessionRequest | StoredJobReq
 Ending = Callable[[Event, Job | None], None]
 """Is given a job's last event instead of its client, and the job if there was one."""
 
+MAX_LOSSES = 2
+"""Of the workers, during steps of a job, the second time of it alone: then it is given up."""
 _REPORT_INTERVAL_S = 1.0
 _NOBODY = b""
 """The client of the server's own test jobs."""
@@ -73,7 +76,7 @@ class Desk:
         metrics: Metrics,
     ) -> None:
         self.open = False
-        """Whether new jobs are taken."""
+        """Whether new jobs are taken: from the first time on that the workers are ready."""
         self._settings, self._models = settings, models
         self._frontend, self._metrics = frontend, metrics
         self._intake = Intake(models)
@@ -169,10 +172,12 @@ class Desk:
         return job.sequences if job is not None else []
 
     def start_test_job(self, model: ServedModel) -> None:
-        """Queue a job of one token, to see that the workers compute."""
+        """Have one token computed before anything else, to see that the workers compute."""
+        assert model.scheduler is not None, "the workers have loaded it"
         test = test_job(_NOBODY, model)
+        test.started_at = time.monotonic()
         self._jobs[test.key] = test
-        model.queue.add(test)
+        model.scheduler.test(test.sequences[0])
 
     def started(self, job: Job) -> None:
         """The first step of a job is on its way."""
@@ -197,7 +202,7 @@ class Desk:
 
         logprobs: as `tokens`, or empty.
         """
-        job = self._jobs[sequence.job_key]
+        job = self._job_of(sequence)
         text, used, details = "", 0, []
         for token in tokens:
             if token < 0:
@@ -229,7 +234,7 @@ class Desk:
 
     def embedded(self, sequence: Sequence, mean: bytes) -> None:
         """The mean of a text's hidden states has come: [hidden] float32."""
-        job = self._jobs[sequence.job_key]
+        job = self._job_of(sequence)
         vector = normalised(mean)
         if vector is None:
             self._fail(job, _not_numbers())
@@ -243,6 +248,31 @@ class Desk:
         return any(
             job.client is _NOBODY and model in (None, job.model) for job in self._jobs.values()
         )
+
+    @property
+    def running(self) -> int:
+        """Clients' jobs that have started and not ended."""
+        return sum(job.started_at > 0 and job.client is not _NOBODY for job in self._jobs.values())
+
+    def workers_lost(self, under_way: Collection[Sequence], error: TpserveError) -> int:
+        """All jobs but tests wait for the workers to come again; how many are given up instead.
+
+        under_way: sequences that were being computed. One that was so before, and now alone, is what
+        kills the workers.
+        """
+        for test in [job for job in self._jobs.values() if job.client is _NOBODY]:
+            self._end(test)
+        suspects = [sequence for sequence in under_way if not sequence.finished]
+        for sequence in suspects:
+            sequence.suspect()
+        for model in self._models.values():
+            if model.scheduler is not None:
+                model.scheduler.put_back()
+        guilty = {self._job_of(s).key for s in suspects if s.losses >= MAX_LOSSES}
+        for job in [self._jobs[key] for key in guilty]:
+            log.error("job %s is given up: the workers were lost with each try", job.id)
+            self._fail(job, _kills_workers(error))
+        return len(guilty)
 
     def has_jobs(self, model: str) -> bool:
         """Whether a model still has queued or running jobs."""
@@ -367,6 +397,9 @@ class Desk:
         else:
             self.publish(client, event)
 
+    def _job_of(self, sequence: Sequence) -> Job:
+        return self._jobs[sequence.job_key]
+
     def _finish(self, job: Job, sequence: Sequence) -> None:
         scheduler = self._models[job.model].scheduler
         assert scheduler is not None, "it has just computed"
@@ -399,6 +432,13 @@ class Desk:
         for sequence in job.sequences:
             if not sequence.finished:
                 model.scheduler.end(sequence)
+
+
+def _kills_workers(error: TpserveError) -> TpserveError:
+    return JobKillsWorkersError(
+        f"given up: the workers were lost during a step of this job, and then during a step of "
+        f"nothing else ({error.message}); the server's log has more: do not send it again unchanged"
+    )
 
 
 def _not_numbers() -> TpserveError:

@@ -17,10 +17,10 @@ import zmq
 from coordinator.cluster import Cluster
 from coordinator.desk import Desk, Question
 from coordinator.frontend import Frontend
+from coordinator.lives import Lives
 from coordinator.metrics import Metrics, describe
 from coordinator.model_desk import ModelDesk
-from coordinator.scheduler import Scheduler
-from coordinator.sequence import Sequence
+from coordinator.scheduler import PlannedStep, Scheduler
 from coordinator.served_model import ServedModel
 from coordinator.sessions import SessionDesk
 from coordinator.store import Store
@@ -33,7 +33,6 @@ from shared.worker_messages import StepPlan, StepResult
 
 log = logging.getLogger("coordinator.engine")
 
-MAX_RESTARTS_PER_MINUTE = 5
 _TICK_MS = 500
 _TICK_WHILE_LOADING_MS = 100
 
@@ -44,9 +43,7 @@ class SentStep:
 
     step: int
     model: ServedModel
-    sampled: list[Sequence]
-    embedded: list[Sequence]
-    passes: int
+    planned: PlannedStep
     sent_at: float
     decodes: bool
     """No sequence reads more than one token."""
@@ -68,7 +65,7 @@ class Engine:
         self.settings, self.models = settings, models
         self.cluster = cluster
         self.ready = False
-        """A token has come through all workers with every model."""
+        """A token has come through all workers of this epoch with every model."""
         self.metrics = Metrics()
         self._frontend, self._http_url = frontend, http_url
         self._desk = Desk(settings, models, frontend, self.metrics)
@@ -82,7 +79,7 @@ class Engine:
         """Number of the last plan."""
         self._committed_at = 0.0
         self._turns: deque[str] = deque()
-        self._restarts: deque[float] = deque()
+        self._lives = Lives(settings.step_timeout, time.monotonic())
         self._stop_requested = False
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch = select.epoll()  # one descriptor in place of many keeps each poll short
@@ -132,7 +129,7 @@ class Engine:
     def close(self, reason: str) -> None:
         """Tell every waiting client, end the workers."""
         self._stored_jobs.stop()
-        self._give_up_steps(NotReadyError(reason))
+        self._desk.fail_all(NotReadyError(reason))
         self._desk.flush()
         self._sessions.close()
         self._desk.flush()
@@ -147,7 +144,7 @@ class Engine:
                 self._desk.refuse(client, question.id, error)
 
     def _answer_one(self, client: bytes, question: Question) -> None:
-        reason = "" if self.ready else "the workers are being started"
+        reason = "" if self.ready else self._lives.reason
         match question:
             case GetHealth():
                 self._desk.publish(client, Health(id=question.id, ready=self.ready, reason=reason))
@@ -172,7 +169,9 @@ class Engine:
     def _plan_ahead(self) -> None:
         """Keep the workers supplied: models that have work take turns."""
         idle = 0
-        while len(self._sent) < self.settings.pipeline_depth and idle < len(self._turns):
+        doubts = any(m.scheduler.doubts for m in self.models.values() if m.scheduler is not None)
+        depth = 1 if doubts else self.settings.pipeline_depth
+        while len(self._sent) < depth and idle < len(self._turns):
             model = self.models[self._turns[0]]
             self._turns.rotate(-1)
             planned = (
@@ -191,12 +190,7 @@ class Engine:
             totals.tokens_computed += tokens * planned.passes
             for job in planned.started:
                 self._desk.started(job)
-            self._sent.append(
-                SentStep(
-                    *(self._step, model, planned.sampled, planned.embedded),
-                    *(planned.passes, now, decodes),
-                )
-            )
+            self._sent.append(SentStep(self._step, model, planned, now, decodes))
             self.cluster.send_plan(
                 StepPlan(
                     epoch=self.cluster.epoch,
@@ -219,27 +213,31 @@ class Engine:
                 return
             if result is not None:
                 self._commit(result)
-            elif self.cluster.ready and not self.ready and not self._any_scheduler():
+            elif self.cluster.ready and not self.ready and not self._turns:
                 self._start_scheduling()
 
     def _notice_silence(self) -> None:
         """A worker that is there but answers nothing counts as lost."""
-        oldest = self._sent[0].sent_at if self._sent else time.monotonic()
-        silent_s = time.monotonic() - oldest
+        now = time.monotonic()
+        silent_s = now - self._sent[0].sent_at if self._sent else 0.0
         if silent_s > self.settings.step_timeout * self.settings.pipeline_depth:
             self._workers_failed(WorkerLostError(f"no result came for {silent_s:.0f} s"))
+        elif not self.cluster.ready and self._lives.overdue(self.cluster.heard_at, now):
+            ranks = " and ".join(str(rank) for rank in self.cluster.awaited)
+            self._workers_failed(WorkerLostError(f"worker {ranks} does not get ready"))
 
     def _commit(self, result: StepResult) -> None:
         sent = self._sent.popleft()
         assert sent.step == result.step, "workers answer in order"
-        now, rows = time.monotonic(), len(sent.sampled)
+        planned = sent.planned
+        now, rows = time.monotonic(), len(planned.sampled)
         if sent.decodes:
-            sent.model.pace.took(now - max(sent.sent_at, self._committed_at), sent.passes)
+            sent.model.pace.took(now - max(sent.sent_at, self._committed_at), planned.passes)
         self._committed_at = now
-        for row, sequence in enumerate(sent.sampled):
+        for row, sequence in enumerate(planned.sampled):
             if not sequence.finished:  # else it ended while this step was under way
                 self._desk.sampled(sequence, result.tokens[row::rows], result.logprobs[row::rows])
-        for sequence, mean in zip(sent.embedded, result.means, strict=True):
+        for sequence, mean in zip(planned.embedded, result.means, strict=True):
             if not sequence.finished:
                 self._desk.embedded(sequence, mean)
         if not self.ready and not self._desk.test_pending():
@@ -264,11 +262,14 @@ class Engine:
         fds = [self._desk.wake_fd, self._model_desk.wake_fd, self._stop_fd]
         return fds if self._sessions.wake_fd is None else [*fds, self._sessions.wake_fd]
 
-    def _any_scheduler(self) -> bool:
-        return any(model.scheduler is not None for model in self.models.values())
-
     def _start_scheduling(self) -> None:
-        """The workers have loaded everything: test them with one token of every model."""
+        """The workers have loaded everything: test them with one token of every model.
+
+        After that the jobs that had started go on.
+        """
+        if self._desk.running:
+            self.metrics.totals.jobs_resumed += self._desk.running
+            log.info("%d jobs go on", self._desk.running)
         for model in self.models.values():
             self._start_steps(model)
             self._desk.start_test_job(model)
@@ -276,13 +277,14 @@ class Engine:
             self._become_ready()
 
     def _start_steps(self, model: ServedModel) -> None:
-        """The workers have loaded a model."""
-        model.scheduler = Scheduler(
-            model.queue,
-            blocks=model.on_workers.kv_blocks,
-            slots=self.settings.max_num_seqs,
-            max_batched_tokens=self.settings.max_batched_tokens,
-        )
+        """The workers have loaded a model, for the first time or again."""
+        if model.scheduler is None:
+            model.scheduler = Scheduler(
+                model.queue,
+                blocks=model.on_workers.kv_blocks,
+                slots=self.settings.max_num_seqs,
+                max_batched_tokens=self.settings.max_batched_tokens,
+            )
         self._turns.append(model.name)
 
     def _stop_steps(self, model: ServedModel) -> None:
@@ -293,8 +295,10 @@ class Engine:
     def _become_ready(self) -> None:
         self.ready = self._desk.open = True
         for model in self.models.values():
-            model.state = "ready"
-        log.info("ready: a token came through all %d workers", self.settings.workers)
+            if model.state == "loading":
+                model.state = "ready"
+        took_s = self._lives.got_ready(time.monotonic())
+        log.info("ready after %.1f s: a token came through all workers", took_s)
         if self.cluster.epoch == 1:
             names = ",".join(self.models)
             workers = self.settings.workers
@@ -303,42 +307,37 @@ class Engine:
                 print(f"gateway {self._http_url}", flush=True)
 
     def _workers_failed(self, error: TpserveError) -> None:
-        """Give up the workers of this epoch, tell their clients, and start new ones."""
+        """Start new workers in place of this epoch's; their jobs wait and then go on.
+
+        Raises WorkerLostError when that has been tried too often.
+        """
         if self._stop_requested:
             return  # whoever stops the server may have stopped the workers too
-        log.error("%s", error.message)
+        lost = WorkerLostError(error.message)
+        log.error("%s", lost.message)
         self._log_steps_under_way()
-        self._give_up_steps(error)
-        self._model_desk.workers_lost(error)
-        self._desk.flush()
-        never_ready = self.cluster.epoch == 1 and not self.ready
-        self.ready = self._desk.open = False
+        under_way = dict.fromkeys(s for sent in self._sent for s in sent.planned.computed)
+        self._sent.clear()
+        self._turns.clear()
+        given_up = self._desk.workers_lost(under_way, lost)
+        self._model_desk.workers_lost(lost)
+        self.metrics.totals.jobs_given_up += given_up
+        self.ready = False
         self.cluster.stop(grace_s=0.0)
-        now = time.monotonic()
-        while self._restarts and now - self._restarts[0] > 60:
-            self._restarts.popleft()
-        if never_ready or len(self._restarts) >= MAX_RESTARTS_PER_MINUTE:
-            raise error
-        self._restarts.append(now)
+        if not self._lives.may_restart(lost, time.monotonic(), jobs_fault=given_up > 0):
+            self._desk.fail_all(lost)
+            raise lost from error
+        self.metrics.totals.restarts += 1
         self.cluster.start()
 
     def _log_steps_under_way(self) -> None:
         """Workers know steps, clients know request ids: here they come together."""
         for sent in self._sent:
-            assert sent.model.scheduler is not None, "it has steps"
-            jobs = dict.fromkeys(s.job_key[1] for s in sent.model.scheduler.running)
+            jobs = dict.fromkeys(s.job_key[1] for s in sent.planned.computed)
             log.error(
                 "epoch %d, step %d of %s was under way, with jobs %s",
                 self.cluster.epoch,
                 sent.step,
                 sent.model.name,
-                ", ".join(jobs) or "none",
+                ", ".join(jobs),
             )
-
-    def _give_up_steps(self, error: TpserveError) -> None:
-        """No job survives, and what the workers still compute is of no interest."""
-        self._desk.fail_all(error)
-        self._sent.clear()
-        self._turns.clear()
-        for model in self.models.values():
-            model.scheduler = None

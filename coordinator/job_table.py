@@ -31,7 +31,7 @@ from shared.messages import Cancelled, Done, Failed, Generate
 
 MAX_QUEUED = 10_000
 MAX_ATTEMPTS = 5
-"""A job during which the server or a worker has died so often is not begun again."""
+"""A job during which the server has died so often is not begun again."""
 LEASE_S = 60.0
 FORGOTTEN_AT_ONCE = 1000
 
@@ -228,10 +228,7 @@ def recover(connection: Connection, keep_s: int) -> list[Row[Any]]:
 
 def gave_up(row: Row[Any]) -> Result:
     """The end of a job that was begun too often."""
-    message = (
-        f"the job was begun {row.attempts} times, and each time the server or a worker ended "
-        "meanwhile: given up"
-    )
+    message = f"the job was begun {row.attempts} times, and each time the server ended meanwhile: given up"
     return Result(Failed(id=row.name, code=WorkerLostError.code, message=message))
 
 

@@ -127,8 +127,9 @@ class ModelDesk:
                 self._advance_arrival(self._arrivals[0])
             except TpserveError as error:
                 self._give_up(self._arrivals[0], error)
-        for departure in list(self._departures.values()):
-            self._advance_departure(departure)
+        if self._cluster.ready:
+            for departure in list(self._departures.values()):
+                self._advance_departure(departure)
 
     def report_progress(self) -> None:
         """Tell the clients that wait, a few times a second."""
@@ -143,13 +144,15 @@ class ModelDesk:
         return bool(self._arrivals)
 
     def workers_lost(self, error: TpserveError) -> None:
-        """The workers are started again, with the models that were served."""
+        """The workers are started again, with the models that were served.
+
+        Those that finish their jobs before they are unloaded come back for that.
+        """
         for arrival in self._arrivals:
             self._cluster.models.pop(arrival.request.name, None)
             self._answer_failed(arrival, error)
         self._arrivals.clear()
-        for departure in list(self._departures.values()):
-            self._cluster.models.pop(departure.model.name, None)
+        for departure in [d for d in self._departures.values() if d.on_workers is not None]:
             self._gone(departure)
 
     # --- coming -----------------------------------------------------------------------------------

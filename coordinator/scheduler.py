@@ -24,6 +24,8 @@ class PlannedStep:
     sequences: list[SequenceStep]
     copies: list[BlockCopy]
     """To be made before the step."""
+    computed: list[Sequence]
+    """Of `sequences`, in order."""
     sampled: list[Sequence]
     embedded: list[Sequence]
     """Whose mean hidden states come back, in order."""
@@ -40,12 +42,15 @@ class Scheduler:
         self.queue = queue
         self.pool = BlockPool(blocks)
         self.running: list[Sequence] = []  # oldest first
+        self._alone: deque[Sequence] = deque()
+        """They get steps of their own, before anybody else: the last one first, until it is trusted."""
         self._returning: deque[Sequence] = deque()
         """Preempted ones, oldest first, and answers of started jobs that wait for the prompt's KV."""
         self._texts: deque[Sequence] = deque()
         """Of started embedding jobs, which take turns with jobs that have not started."""
         self._text_is_next = False
         self._copies: list[BlockCopy] = []
+        self._slots = slots
         self._free_slots = list(range(slots))
         self._max_batched_tokens = max_batched_tokens
 
@@ -54,11 +59,41 @@ class Scheduler:
         """Tokens that the KV cache holds."""
         return self.pool.total * BLOCK_TOKENS
 
+    @property
+    def doubts(self) -> bool:
+        """Whether somebody has steps of its own: no other plan should be under way beside them."""
+        return bool(self._alone)
+
+    def test(self, sequence: Sequence) -> None:
+        """Run a sequence of a started job before anybody else, in steps of its own."""
+        sequence.trusted_at = len(sequence.tokens) + 1
+        self._alone.append(sequence)
+
+    def put_back(self) -> None:
+        """The workers were lost, with all KV memory: every sequence waits to be computed again.
+
+        Its tokens stay the same, as after a preemption. Those that are not trusted run alone at first.
+        """
+        waiting = dict.fromkeys((*self._alone, *self.running, *self._returning))
+        for sequence in waiting:
+            sequence.forget_computed()
+            sequence.in_flight = 0
+        self.running.clear()
+        self.pool = BlockPool(self.pool.total)
+        self._free_slots = list(range(self._slots))
+        self._copies.clear()
+        self._alone = deque(s for s in waiting if not s.trusted)
+        self._returning = deque(s for s in waiting if s.trusted)
+
     def plan(self, most_passes: int) -> PlannedStep | None:
         """The next step, or None when there is nothing to compute now.
 
         While all sequences decode, it may have up to `most_passes` forward passes.
         """
+        while self._alone and self._alone[-1].trusted:
+            self._preempt(self._alone.pop())  # until all of them are
+        if self._alone:
+            return self._plan_alone(self._alone[-1])
         budget = self._max_batched_tokens
         chunks: list[tuple[Sequence, int]] = []
         readers = {s for s in self.running if s.computed < s.prompt_tokens}
@@ -100,26 +135,47 @@ class Scheduler:
             chunks.append((waiting, count))
             steps.append(self._step(waiting, count))  # at once: the next one may share its blocks
             budget -= count
-        if not steps:
+        return self._planned([s for s, _ in chunks], steps, started, passes) if steps else None
+
+    def _plan_alone(self, sequence: Sequence) -> PlannedStep | None:
+        """A step of nobody else; None while its last one is under way."""
+        if sequence.in_flight:
             return None
+        if sequence.slot < 0:
+            count = self._admit(sequence, self._max_batched_tokens)
+        else:
+            count = min(sequence.pending, self._max_batched_tokens)
+            self._make_room(sequence, sequence.computed + count)
+        assert count > 0, "all memory is its own, and it has not ended"
+        return self._planned([sequence], [self._step(sequence, count)], [], 1)
+
+    def _planned(
+        self,
+        computed: list[Sequence],
+        steps: list[SequenceStep],
+        started: list[Job],
+        passes: int,
+    ) -> PlannedStep:
         copies, self._copies = self._copies, []
-        planned = [(s, step) for (s, _), step in zip(chunks, steps, strict=True)]
+        planned = list(zip(computed, steps, strict=True))
         sampled = [s for s, step in planned if step.sampling]
         embedded = [s for s, step in planned if step.mean_is_due]
-        return PlannedStep(steps, copies, sampled, embedded, started, passes)
+        return PlannedStep(steps, copies, computed, sampled, embedded, started, passes)
 
     def end(self, sequence: Sequence) -> None:
         """A sequence of a started job is done, failed or cancelled: give back all it holds."""
         sequence.finished = True
+        if sequence.slot < 0 or sequence in self._alone:
+            self._wait_no_more(sequence)
         if sequence.slot >= 0:
             self.running.remove(sequence)
             self._give_back(sequence)
-        else:
-            self._wait_no_more(sequence)
 
     def _wait_no_more(self, sequence: Sequence) -> None:
-        """Take out a waiting sequence of a started job."""
-        (self._texts if sequence in self._texts else self._returning).remove(sequence)
+        """Take out a sequence of a started job wherever it waits."""
+        for waiting in (self._alone, self._texts, self._returning):
+            if sequence in waiting:
+                waiting.remove(sequence)
 
     def _passes(self, wanted: list[tuple[int, Sequence]], most: int) -> int:
         """How many passes the next step has; those who wait to start or read should not wait longer."""
@@ -228,9 +284,8 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        del sequence.blocks[:]
         self._free_slots.append(sequence.slot)
-        sequence.slot, sequence.computed, sequence.published = -1, 0, 0
+        sequence.forget_computed()
 
     def _step(self, sequence: Sequence, count: int, passes: int = 1) -> SequenceStep:
         """The message for a chunk; after its passes the sequence counts as computed so far."""

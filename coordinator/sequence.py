@@ -63,6 +63,10 @@ class Sequence:
     """Prompt tokens whose KV was found instead of computed."""
     fresh_in_slot: bool = True
     """No step of it has run in its slot yet."""
+    losses: int = 0
+    """How often in a row the workers were lost during a step of it, without its being trusted between."""
+    trusted_at: int = 0
+    """Tokens that it must have before it may share a step with others."""
 
     first_token_at: float = 0.0
     last_token_at: float = 0.0
@@ -81,6 +85,24 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that may still be asked for."""
         return self.max_new_tokens - self.new_tokens - self.in_flight
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it may share a step with others."""
+        return len(self.tokens) >= self.trusted_at
+
+    def suspect(self) -> None:
+        """The workers were lost during a step of it: call it before it is put back.
+
+        It is not trusted until it has more tokens than what was under way would have given it.
+        """
+        self.losses = 1 if self.trusted else self.losses + 1
+        self.trusted_at = len(self.tokens) + self.in_flight + 1
+
+    def forget_computed(self) -> None:
+        """It has no slot and no KV any more; all known tokens are to be computed again."""
+        del self.blocks[:]
+        self.slot, self.computed, self.published = -1, 0, 0
 
     def digest(self, block: int) -> bytes:
         """Digest of full block number `block` and all before it; its tokens must be known."""

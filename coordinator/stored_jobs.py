@@ -22,7 +22,6 @@ from coordinator.served_model import ServedModel
 from coordinator.store import Store
 from shared.config import Settings
 from shared.errors import (
-    CommError,
     InvalidRequestError,
     JobsOffError,
     ModelNotFoundError,
@@ -51,7 +50,6 @@ T = TypeVar("T")
 
 _TICK_S = 1.0
 _HOUSEKEEPING_S = 20.0
-_ATTEMPT_LOST = (WorkerLostError.code, CommError.code)
 _NOT_NOW = (NotReadyError.code, UnloadedError.code, QueueFullError.code, ModelNotFoundError.code)
 """Why a job has to wait and be begun again, though nothing is wrong with it."""
 
@@ -253,7 +251,7 @@ class StoredJobDesk:
         held = self._held[number]
         if isinstance(event, Failed) and event.code in _NOT_NOW:
             self._put_back(number, counts=False)
-        elif isinstance(event, Failed) and event.code in _ATTEMPT_LOST:
+        elif isinstance(event, Failed) and event.code == WorkerLostError.code:
             if held.row.attempts >= job_table.MAX_ATTEMPTS:
                 self._settle(number, job_table.gave_up(held.row))
             else:

@@ -117,6 +117,12 @@ class _StatusCollector(Collector):
         yield _counter("tpserve_generation_tokens", "New tokens", totals.tokens_generated)
         yield _counter("tpserve_texts_embedded", "Texts that got a vector", totals.texts_embedded)
         yield _counter("tpserve_jobs_done", "Jobs that ended well", totals.jobs_done)
+        yield _counter(
+            "tpserve_jobs_resumed", "Jobs that went on with new workers", totals.jobs_resumed
+        )
+        yield _counter(
+            "tpserve_jobs_given_up", "Jobs that killed their workers", totals.jobs_given_up
+        )
         yield _counter("tpserve_steps", "Forward passes", totals.steps)
         yield _counter(
             "tpserve_sequence_steps", "Sequences over all forward passes", totals.sequence_steps

@@ -22,10 +22,10 @@ from gateway.errors import (
     UnsupportedParameterError,
 )
 from shared.errors import (
-    CommError,
     ConnectionLostError,
     ContextLengthError,
     InvalidRequestError,
+    JobKillsWorkersError,
     ModelNotFoundError,
     NotReadyError,
     QueueFullError,
@@ -41,8 +41,8 @@ COORDINATOR: Errors = (ConnectionLostError,)
 """Of routes whose answer comes from there."""
 JOB_ERRORS: Errors = (
     ConnectionLostError,
-    CommError,
     ContextLengthError,
+    JobKillsWorkersError,
     ModelNotFoundError,
     NotReadyError,
     UnloadedError,

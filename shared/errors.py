@@ -95,17 +95,21 @@ class NotReadyError(TpserveError):
 
 
 class WorkerLostError(TpserveError):
-    """A worker process ended while it was needed."""
+    """A worker process ended, or fell silent, and what needed it cannot go on."""
 
     code = "worker_lost"
     http_status = 503
 
 
-class CommError(TpserveError):
-    """A collective failed; `rank` is the peer that did not answer or went away."""
+class JobKillsWorkersError(TpserveError):
+    """The workers were lost during a step of the job, and again during a step of it alone."""
 
-    code = "peer_lost"
-    http_status = 503
+    code = "job_kills_workers"
+    http_status = 422  # clients send what gets a 5xx again by themselves
+
+
+class CommError(WorkerLostError):
+    """A collective failed; `rank` is the peer that did not answer or went away."""
 
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(f"rank {rank}: {message}")

@@ -449,6 +449,12 @@ class Totals(Struct, kw_only=True):
     tokens_generated: int = 0
     texts_embedded: int = 0
     jobs_done: int = 0
+    restarts: int = 0
+    """Of the workers, after one of them was lost."""
+    jobs_resumed: int = 0
+    """Jobs that went on after a restart of the workers, each time counted."""
+    jobs_given_up: int = 0
+    """Jobs that were ended because the workers were lost with each try."""
     plan_s: float = 0.0
     """Coordinator: making plans."""
     other_s: float = 0.0

@@ -65,6 +65,7 @@ def _show(status: Status) -> None:
         "tokens generated": str(status.totals.tokens_generated),
         "texts embedded": str(status.totals.texts_embedded),
         "jobs done": str(status.totals.jobs_done),
+        "jobs resumed / given up": f"{status.totals.jobs_resumed} / {status.totals.jobs_given_up}",
         "queue time p50 / p99": _milliseconds(status.queue_time),
         "first token p50 / p99": _milliseconds(status.ttft),
         "per token p50 / p99": _milliseconds(status.time_per_token),

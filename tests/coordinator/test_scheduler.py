@@ -143,6 +143,7 @@ class Desk:
         self.passes = passes
         self.queue = queue()
         self.scheduler = Scheduler(self.queue, blocks, slots, budget)
+        self.blocks, self.slots = blocks, slots
         self.worker = PaperWorker(blocks, slots)
         self.depth = depth
         self.sent: deque[tuple[PlannedStep, list[int], list[list[int]]]] = deque()
@@ -150,7 +151,7 @@ class Desk:
 
     def step(self) -> PlannedStep | None:
         """Plan as far ahead as allowed, then take the oldest result; its plan."""
-        while len(self.sent) < self.depth:
+        while len(self.sent) < (1 if self.scheduler.doubts else self.depth):
             plan = self.scheduler.plan(self.passes)
             if plan is None:
                 break
@@ -171,6 +172,25 @@ class Desk:
                 self.scheduler.end(sequence)
         return plan
 
+    def lose(self) -> list[Sequence]:
+        """The worker is lost, and another one is there; whom it has been computing."""
+        under_way = dict.fromkeys(s for plan, *_ in self.sent for s in plan.computed)
+        suspects = [sequence for sequence in under_way if not sequence.finished]
+        for sequence in suspects:
+            sequence.suspect()
+        self.scheduler.put_back()
+        self.sent.clear()
+        self.worker = PaperWorker(self.blocks, self.slots)
+        return suspects
+
+    def plan_ahead(self) -> None:
+        """Have plans under way."""
+        first = self.step()
+        assert first is not None
+        while len(self.sent) < self.depth and (plan := self.scheduler.plan(self.passes)):
+            self.started += plan.started
+            self.sent.append((plan, self.worker.run(plan), self.worker.means(plan)))
+
     def cancel(self, victim: Job) -> None:
         if victim not in self.started:
             self.queue.remove(victim)
@@ -179,11 +199,16 @@ class Desk:
                 self.scheduler.end(sequence)
 
 
+@pytest.mark.parametrize("loss", [0.0, 0.1])
 @pytest.mark.parametrize("passes", [1, 3, 8])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("blocks", [12, 20, 200])
-def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int, passes: int) -> None:
-    """Mixed lengths, shared prefixes, several answers, some cancelled, too little memory for all."""
+def test_every_sequence_gets_what_it_gets_alone(
+    blocks: int, depth: int, passes: int, loss: float
+) -> None:
+    """Mixed lengths, shared prefixes, several answers, some cancelled, too little memory for all,
+    and workers that are lost again and again with plans under way.
+    """
     random.seed(blocks * 100 + depth * 10 + passes)
     common = [random.randrange(VOCABULARY) for _ in range(40)]
     jobs = []
@@ -206,6 +231,10 @@ def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int, passes:
         plan = desk.step()
         if plan is not None:
             assert sum(max(1, len(s.tokens)) for s in plan.sequences) <= MAX_TOKENS
+            assert all(s.trusted for s in plan.computed) or len(plan.sequences) == 1
+        if random.random() < loss:
+            desk.lose()
+            assert desk.scheduler.pool.used == 0
         unfinished = [j for j in jobs if not j.finished and j not in [*arrivals, *cancelled]]
         if len(cancelled) < 5 and unfinished and random.random() < 0.05:
             cancelled.append(random.choice(unfinished))
@@ -222,6 +251,77 @@ def test_every_sequence_gets_what_it_gets_alone(blocks: int, depth: int, passes:
     assert len(desk.queue) == 0
     assert desk.queue.tokens == 0
     assert sorted(desk.scheduler._free_slots) == list(range(8))
+
+
+@pytest.mark.parametrize("passes", [1, 8])
+def test_after_a_loss_those_who_were_under_way_go_on_one_by_one_and_then_together(
+    passes: int,
+) -> None:
+    desk = Desk(200, slots=3, depth=2, passes=passes)
+    jobs = [job(str(i), [i] * 20, 40, eos=-1) for i in range(4)]
+    for one in jobs:
+        desk.queue.add(one)
+    while not desk.scheduler.running or desk.scheduler.running[-1].new_tokens < 3:
+        desk.step()
+    desk.plan_ahead()
+    first = [j.sequences[0] for j in jobs[:3]]
+    reached = {s: len(s.tokens) + s.in_flight for s in first}
+    assert desk.lose() == first
+    order: list[Sequence] = []
+    while desk.scheduler.doubts:
+        plan = desk.scheduler.plan(passes)
+        assert plan is not None
+        (alone,) = plan.computed if desk.scheduler.doubts else [None]
+        if alone is None:
+            assert plan.computed == first, "the oldest is first again; who waits goes on waiting"
+            break
+        assert desk.scheduler.running == [alone]
+        assert desk.scheduler.plan(passes) is None, "no other plan is under way"
+        order += [alone] if alone not in order else []
+        (token,) = desk.worker.run(plan)
+        alone.append(token)
+        assert alone.trusted is (len(alone.tokens) > reached[alone])
+    assert order == first[::-1]
+
+
+def test_one_that_is_under_way_in_losses_one_after_the_other_counts_them() -> None:
+    desk = Desk(200, slots=4)
+    jobs = [job(str(i), [i] * 20, 40, eos=-1) for i in range(3)]
+    for one in jobs:
+        desk.queue.add(one)
+    a, b, c = (one.sequences[0] for one in jobs)
+    desk.plan_ahead()
+    assert desk.lose() == [a, b, c]
+    assert [s.losses for s in (a, b, c)] == [1, 1, 1]
+    while not c.trusted:
+        desk.step()
+    desk.plan_ahead()
+    assert desk.lose() == [b], "c is trusted, and it is b's turn"
+    assert [s.losses for s in (a, b, c)] == [1, 2, 1]
+    while not all(s.trusted for s in (a, b, c)):
+        desk.step()
+    desk.step()
+    desk.plan_ahead()
+    assert desk.lose() == [a, b, c]
+    assert [s.losses for s in (a, b, c)] == [1, 1, 1], "they were trusted between"
+
+
+def test_one_that_runs_alone_may_be_cancelled() -> None:
+    desk = Desk(200, slots=4)
+    jobs = [job(str(i), [i] * 20, 10, eos=-1) for i in range(3)]
+    for one in jobs:
+        desk.queue.add(one)
+    desk.plan_ahead()
+    desk.lose()
+    desk.step()
+    running, waiting = jobs[2], jobs[0]
+    assert desk.scheduler.running == running.sequences
+    desk.cancel(running)
+    desk.cancel(waiting)
+    while desk.step() is not None:
+        pass
+    assert jobs[1].finished
+    assert desk.scheduler.pool.used == 0
 
 
 def test_a_text_to_embed_is_computed_whole_and_leaves_its_prefix_to_others() -> None:

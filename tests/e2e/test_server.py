@@ -2,9 +2,9 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -193,26 +193,21 @@ def test_a_frame_beyond_the_limit_cuts_its_sender_only(address: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_fails_every_waiting_job_and_is_replaced(
+def test_a_killed_worker_is_replaced_and_all_streams_go_on(
     rank: int, server: Server, address: str
 ) -> None:
+    wish: dict[str, Any] = {"model": "slow", "max_tokens": 100, "ignore_eos": True}
     with Client(address) as client:
-        assert wait_until(lambda: client.health().ready, 60)
+        expected = [client.story("The", seed=i, **wish).result().token_ids for i in range(4)]
         epoch = client.status().epoch
-        streams = [
-            client.story("The", model="slow", max_tokens=480, ignore_eos=True) for _ in range(8)
-        ]
-        assert wait_until(lambda: client.status().running == 8, 5)
-        began = time.monotonic()
+        streams = [client.story("The", seed=i, **wish) for i in range(4)]
+        unseeded = client.story("The", **wish)
+        assert wait_until(lambda: client.status().running == 5, 5)
         server.workers()[rank].kill()
-        for stream in streams:
-            with pytest.raises(TpserveError, match=f"worker {rank}") as caught:
-                stream.result()
-            assert caught.value.code == "worker_lost"
-        assert time.monotonic() - began < 2
-        assert wait_until(lambda: client.health().ready, 60)
+        assert [stream.result().token_ids for stream in streams] == expected
+        assert len(unseeded.result().token_ids) == 100
+        assert client.health().ready
         assert client.status().epoch == epoch + 1
-        assert client.story("The", temperature=0, max_tokens=3).result().token_ids
 
 
 def shared_memory(processes: list[psutil.Process]) -> set[Path]:

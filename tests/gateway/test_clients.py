@@ -193,19 +193,19 @@ def test_sigterm_lets_streams_finish_within_the_grace_period(address: str, grace
     assert not any("Traceback" in line for line in gateway.log), gateway.log
 
 
-def test_a_request_id_leads_to_the_step_that_failed_under_it() -> None:
+def test_a_request_id_leads_to_the_step_in_which_a_worker_was_lost() -> None:
     with (
         Server("--workers", "2", "--threads-per-worker", "1", "--kv-memory", "64M") as server,
         GatewayProcess(server.wait_ready()) as gateway,
         gateway.http() as http,
     ):
-        body = {**ENDLESS, "n": 64, "max_tokens": 400, "logprobs": 20}
+        body = {**ENDLESS, "n": 16, "max_tokens": 400}
         headers = {"X-Request-Id": "find-me"}
         with http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
             pieces = answer.iter_bytes()
             next(pieces)
             server.workers()[1].kill()
-            assert b"worker_lost" in b"".join(pieces)
+            assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
 
         def told() -> bool:
             return any(
