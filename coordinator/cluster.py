@@ -348,6 +348,7 @@ class Cluster:
             threads=settings.threads,
             core=rank * settings.threads if settings.pin_cores else None,
             device=settings.device,
+            deterministic=settings.deterministic,
         )
 
     def _kv_blocks(self, model: ModelOnWorkers, loaded: list[Loaded], still_to_come: int) -> int:

@@ -284,6 +284,12 @@ class Desk:
             self._end(job)
             self._last_event(job.client, failed(job.id, error), job)
 
+    def fail_started_jobs(self, model: str, error: TpserveError) -> None:
+        """End the jobs of a model that have started in a failed event."""
+        started = [job for job in self._jobs.values() if job.model == model and job.started_at]
+        for job in started:
+            self._fail(job, error)
+
     def fail_all(self, error: TpserveError) -> None:
         """No job survives: each of them ends in a failed event."""
         jobs, waiting = list(self._jobs.values()), {*self._preparing, *self._endings}

@@ -26,7 +26,7 @@ from coordinator.sessions import SessionDesk
 from coordinator.store import Store
 from coordinator.stored_jobs import StoredJobDesk
 from shared.config import Settings
-from shared.errors import NotReadyError, TpserveError, WorkerLostError
+from shared.errors import MemoryPlanError, NotReadyError, TpserveError, WorkerLostError
 from shared.job_messages import StoredJobRequest
 from shared.messages import GetHealth, GetStatus, Health, Load, Unload
 from shared.worker_messages import StepPlan, StepResult
@@ -43,6 +43,8 @@ class SentStep:
 
     step: int
     model: ServedModel
+    scheduler: Scheduler
+    """That has planned it."""
     planned: PlannedStep
     sent_at: float
     decodes: bool
@@ -174,10 +176,9 @@ class Engine:
         while len(self._sent) < depth and idle < len(self._turns):
             model = self.models[self._turns[0]]
             self._turns.rotate(-1)
-            planned = (
-                model.scheduler.plan(model.pace.passes) if model.scheduler is not None else None
-            )
-            if planned is None:
+            scheduler = model.scheduler
+            planned = None if scheduler is None else scheduler.plan(model.pace.passes)
+            if scheduler is None or planned is None:
                 idle += 1
                 continue
             idle = 0
@@ -190,7 +191,7 @@ class Engine:
             totals.tokens_computed += tokens * planned.passes
             for job in planned.started:
                 self._desk.started(job)
-            self._sent.append(SentStep(self._step, model, planned, now, decodes))
+            self._sent.append(SentStep(self._step, model, scheduler, planned, now, decodes))
             self.cluster.send_plan(
                 StepPlan(
                     epoch=self.cluster.epoch,
@@ -229,6 +230,27 @@ class Engine:
     def _commit(self, result: StepResult) -> None:
         sent = self._sent.popleft()
         assert sent.step == result.step, "workers answer in order"
+        if result.out_of_memory:
+            self._step_failed(sent, MemoryPlanError(result.out_of_memory))
+        else:
+            self._hand_out(sent, result)
+        if not self.ready and not self._desk.test_pending():
+            for problem in self._desk.test_problems.values():
+                raise problem
+            self._become_ready()
+
+    def _step_failed(self, sent: SentStep, error: TpserveError) -> None:
+        """The model's running jobs end with the error, those that wait go on to wait.
+
+        Nobody knows which blocks have been written, so the scheduler begins with an empty cache.
+        """
+        log.error("step %d of %s: %s", sent.step, sent.model.name, error.message)
+        if sent.scheduler is not sent.model.scheduler:
+            return  # its jobs have ended with a step before
+        self._desk.fail_started_jobs(sent.model.name, error)
+        sent.model.scheduler = self._new_scheduler(sent.model)
+
+    def _hand_out(self, sent: SentStep, result: StepResult) -> None:
         planned = sent.planned
         now, rows = time.monotonic(), len(planned.sampled)
         if sent.decodes:
@@ -240,10 +262,6 @@ class Engine:
         for sequence, mean in zip(planned.embedded, result.means, strict=True):
             if not sequence.finished:
                 self._desk.embedded(sequence, mean)
-        if not self.ready and not self._desk.test_pending():
-            for problem in self._desk.test_problems.values():
-                raise problem
-            self._become_ready()
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -279,13 +297,16 @@ class Engine:
     def _start_steps(self, model: ServedModel) -> None:
         """The workers have loaded a model, for the first time or again."""
         if model.scheduler is None:
-            model.scheduler = Scheduler(
-                model.queue,
-                blocks=model.on_workers.kv_blocks,
-                slots=self.settings.max_num_seqs,
-                max_batched_tokens=self.settings.max_batched_tokens,
-            )
+            model.scheduler = self._new_scheduler(model)
         self._turns.append(model.name)
+
+    def _new_scheduler(self, model: ServedModel) -> Scheduler:
+        return Scheduler(
+            model.queue,
+            blocks=model.on_workers.kv_blocks,
+            slots=self.settings.max_num_seqs,
+            max_batched_tokens=self.settings.max_batched_tokens,
+        )
 
     def _stop_steps(self, model: ServedModel) -> None:
         """They will unload it; it has no jobs any more."""

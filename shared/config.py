@@ -66,6 +66,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         Literal["cpu", "cuda"],
         Meta(description="what the workers compute with; cuda: a GPU for each"),
     ] = "cpu"
+    deterministic: Annotated[
+        bool,
+        Meta(
+            description="with --device cuda: a token's logits depend on its sequence alone, not on the"
+            " batch or the number of workers; slower"
+        ),
+    ] = False
     comm: Annotated[
         Literal["shm", "zmq", "gloo", "nccl"],
         Meta(description="what carries the workers' all-reduce; nccl: with --device cuda only"),
@@ -336,6 +343,11 @@ def _check(settings: Settings) -> None:
     if settings.comm == "nccl" and settings.device == "cpu":
         raise ConfigError(
             "comm is 'nccl', but device is 'cpu': NCCL is for --device cuda; use shm, zmq or gloo"
+        )
+    if settings.deterministic and settings.device == "cpu":
+        raise ConfigError(
+            "deterministic is set, but device is 'cpu', where the native kernels always are: leave it out,"
+            " or use --device cuda"
         )
     if settings.device == "cuda" and settings.workers == AUTO_WORKERS:
         raise ConfigError(

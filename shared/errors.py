@@ -33,7 +33,7 @@ class ModelError(TpserveError):
 
 
 class MemoryPlanError(TpserveError):
-    """A model does not fit into the memory that is free."""
+    """A model, or a step with it, does not fit into the memory that is free."""
 
     code = "out_of_memory"
     http_status = 507

@@ -481,7 +481,7 @@ class Status(BaseEvent, frozen=True, kw_only=True, tag="status"):
     """How often the workers were started."""
     comm: str
     kernels: str
-    """What the workers compute with: "native " and the instruction set, "torch", or "torch on " and a device; empty: not yet known."""
+    """What the workers compute with: "native " and the instruction set, "torch", or "triton on " or "torch on " and a device; empty: not yet known."""
     workers: list[WorkerStatus]
     models: list[ModelInfo]
     queued: dict[str, int]

@@ -37,6 +37,8 @@ class SetUp(_ToWorker, frozen=True, kw_only=True, tag="setup"):
     """Pin the process to this core and the threads-1 after it."""
     device: Literal["cpu", "cuda"] = "cpu"
     """What computes; cuda: the GPU with the rank's number."""
+    deterministic: bool = False
+    """Of a GPU: results are to depend on no batch, and on no number of ranks."""
 
 
 class LoadModel(_ToWorker, frozen=True, kw_only=True, tag="load"):
@@ -180,7 +182,7 @@ class CommReady(_FromWorker, frozen=True, kw_only=True, tag="comm_ready"):
     """A barrier with all peers was passed."""
 
     kernels: str
-    """What it computes with: "native " and the instruction set, "torch", or "torch on " and a device."""
+    """What it computes with: "native " and the instruction set, "torch", or "triton on " or "torch on " and a device."""
 
 
 class LoadProgress(_FromWorker, frozen=True, kw_only=True, tag="load_progress"):
@@ -225,6 +227,9 @@ class StepResult(_FromWorker, frozen=True, kw_only=True, tag="result"):
     means: list[bytes] = []
     """[hidden] float32 little-endian of each text that ended in the step, in the plan's order: the mean
     of what the final norm makes of its tokens."""
+    out_of_memory: str = ""
+    """Why the plan could not be carried out, and there is nothing else in the message: a GPU had no room.
+    What the plan was to write into the KV cache is not there."""
 
 
 class WorkerTimes(_FromWorker, frozen=True, kw_only=True, tag="times"):

@@ -43,6 +43,8 @@ IMPORTS_INSIDE_FUNCTIONS = {
     ("worker/comm/open.py", "worker.comm.torch_dist"): "torch.distributed takes a second to import",
     ("worker/comm/torch_dist.py", "torch.distributed"): "a torch without NCCL has no such name",
     ("worker/compare/__main__.py", "worker.compare.plot"): "matplotlib takes a second to import",
+    ("worker/ops/choose.py", "worker.ops.triton.elementwise"): "torch for the CPU has no Triton",
+    ("worker/ops/choose.py", "worker.ops.triton.kernels"): "torch for the CPU has no Triton",
 }
 """(file, module) -> why it cannot stand at the top of the file."""
 

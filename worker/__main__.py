@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import zmq
 
-from shared.errors import CommError, TpserveError
+from shared.errors import CommError, MemoryPlanError, TpserveError
 from shared.processes import die_with
 from shared.sockets import dealer
 from shared.worker_messages import (
@@ -42,7 +42,7 @@ from worker.device import describe as describe_device
 from worker.device import device_of
 from worker.loading import Loading
 from worker.native.api import Pool, native_library
-from worker.ops.choose import describe
+from worker.ops.choose import describe, device_kernels
 from worker.runner import Runner, TimedCommunicator
 
 log = logging.getLogger("worker")
@@ -86,13 +86,17 @@ class Worker:
             except TpserveError as error:
                 fatal = isinstance(error, CommError)
                 log.error("%s: %s", _name(order), error)
-                self._fail(error.code, error.message, fatal)
+                # A KV cache that cannot be had is a model that cannot be loaded.
+                model = order.model if isinstance(order, AllocateKV) else ""
+                self._fail(error.code, error.message, fatal, model)
                 if fatal:
                     return
             except (RuntimeError, MemoryError) as error:
                 # What torch raises when memory runs out; the coordinator tells the user.
                 log.exception("%s", _name(order))
-                self._fail(TpserveError.code, f"{type(error).__name__}: {error}", fatal=True)
+                on_device = isinstance(error, torch.OutOfMemoryError)
+                code = MemoryPlanError.code if on_device else TpserveError.code
+                self._fail(code, f"{type(error).__name__}: {error}", fatal=True)
                 return
 
     def _next_order(self) -> ToWorker:
@@ -162,7 +166,17 @@ class Worker:
 
     def _step(self, plan: StepPlan) -> StepResult | None:
         began, in_comm = time.perf_counter(), self._in_comm_s()
-        made = self._ready_runner.step(plan)
+        try:
+            made = self._ready_runner.step(plan)
+        except MemoryPlanError as error:
+            log.error("%s: %s", _name(plan), error)
+            return StepResult(
+                rank=self._rank,
+                epoch=plan.epoch,
+                step=plan.step,
+                tokens=[],
+                out_of_memory=error.message,
+            )
         self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
         if self._rank != 0:
             return None  # every rank has the same tokens; one report is enough
@@ -214,7 +228,9 @@ class Worker:
         if order.device == "cuda":
             device = device_of(order.comm.rank, len(owned))
             collectives = open_collectives(order.comm, self._comm, device)
-            accelerator, kernels = Accelerator(device, collectives), describe_device(device)
+            accelerator = Accelerator(device, collectives, order.deterministic)
+            name = device_kernels(device, order.deterministic).name
+            kernels = f"{name} on {describe_device(device)}"
         else:
             kernels = describe(self._library)
             if self._library is not None:
@@ -232,10 +248,15 @@ class Worker:
         if message is not None:
             self._socket.send(encode(message))
 
-    def _fail(self, code: str, message: str, fatal: bool) -> None:
+    def _fail(self, code: str, message: str, fatal: bool, model: str = "") -> None:
         self._send(
             WorkerFailed(
-                rank=self._rank, epoch=self._epoch, code=code, message=message, fatal=fatal
+                rank=self._rank,
+                epoch=self._epoch,
+                code=code,
+                message=message,
+                fatal=fatal,
+                model=model,
             )
         )
 

@@ -14,6 +14,16 @@ TEST_DEVICE = "TPSERVE_TEST_DEVICE"
 """Environment variable for tests: the torch device of all workers of `--device cuda`, as cpu, or cuda:0
 for several workers on one GPU."""
 
+TEST_ROOM = "TPSERVE_TEST_DEVICE_ROOM"
+"""Environment variable for tests: steps of more tokens than this find no memory on a device."""
+
+
+def check_room(tokens: int) -> None:
+    """Raises torch.OutOfMemoryError, as a device would, for steps that a test has no room for."""
+    most = os.environ.get(TEST_ROOM)
+    if most is not None and tokens > int(most):
+        raise torch.OutOfMemoryError(f"{TEST_ROOM} is {most}, the step has {tokens} tokens")
+
 
 def device_of(rank: int, world: int) -> torch.device:
     """The GPU of a worker. Raises ConfigError when there is none for each of `world` workers."""
@@ -37,8 +47,8 @@ def device_of(rank: int, world: int) -> torch.device:
 def describe(device: torch.device) -> str:
     """The device in a few words."""
     if device.type != "cuda":
-        return f"torch on {device}"
-    return f"torch on {torch.cuda.get_device_name(device)}"
+        return str(device)
+    return torch.cuda.get_device_name(device)
 
 
 def free_memory(device: torch.device | None) -> int:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 
-from shared.errors import TpserveError
+import torch
+
+from shared.errors import MemoryPlanError, TpserveError
 from shared.worker_messages import FromWorker, Loaded, LoadModel, LoadProgress, WorkerFailed
 from worker.runner import Runner
 
@@ -79,6 +81,13 @@ class Loading:
             log.info("rank %d: loading %s was given up", rank, model)
         except TpserveError as error:
             report = self._failed(error.code, error.message)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            report = self._failed(
+                MemoryPlanError.code,
+                f"{model} does not fit into the device's memory ({reason}): use a smaller --dtype, more"
+                " workers, or unload a model",
+            )
         except (RuntimeError, MemoryError, OSError) as error:
             # What torch and the library raise when memory runs out.
             log.exception("rank %d: loading %s", rank, model)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from shared.errors import CommError
+from shared.errors import CommError, MemoryPlanError
 from shared.model_config import read_model_config
 from shared.sharding import ModelShards
 from shared.worker_messages import AllocateKV, LoadModel, SequenceStep, StepPlan
@@ -110,7 +111,7 @@ class Runner:
         if self._accelerator is None:
             ops = make_ops(order, config, self._comm, self._pool, self._owned, packed, cache)
         else:
-            ops = make_device_ops(order, config, self._accelerator, packed)
+            ops = make_device_ops(order, config, self._accelerator, self._owned, packed)
         placement = Placement(shards, self._owned[self._comm.rank], ops)
         checkpoint = Checkpoint(folder)
         decoder = None
@@ -165,7 +166,16 @@ class Runner:
         return self._models[name]
 
     def allocate(self, order: AllocateKV) -> None:
-        """KV memory of a loaded model."""
+        """KV memory of a loaded model. Raises MemoryPlanError when a device has no room for it."""
+        try:
+            self._allocate(order)
+        except torch.OutOfMemoryError as error:
+            raise MemoryPlanError(
+                f"{order.model}: the device has no room for a KV cache of {order.blocks} blocks"
+                f" ({_first_line(error)}): give less --kv-memory, or unload a model"
+            ) from None
+
+    def _allocate(self, order: AllocateKV) -> None:
         model = self._models[order.model]
         model.ops.allocate(model.decoder, model.layers, model.layout, order.blocks, order.tokens)
         model.last_tokens = np.zeros(order.slots, dtype=np.int64)
@@ -180,7 +190,25 @@ class Runner:
             )
 
     def step(self, plan: StepPlan) -> StepOutcome:
-        """Run one plan; a token for each sequence that wants one, in the plan's order, pass after pass."""
+        """Run one plan; a token for each sequence that wants one, in the plan's order, pass after pass.
+
+        Raises MemoryPlanError when a device has no room for it, and no other rank waits for this one;
+        CommError.
+        """
+        try:
+            return self._step(plan)
+        except torch.OutOfMemoryError as error:
+            if self._comm.world > 1:
+                raise
+            reason = _first_line(error)
+        # Out here nothing holds the tensors of the step any more.
+        self.free_bytes()
+        raise MemoryPlanError(
+            f"{plan.model}: the device has no room for a step of {len(plan.sequences)} sequences"
+            f" ({reason}): use less --max-num-seqs, --max-batched-tokens or --kv-memory"
+        )
+
+    def _step(self, plan: StepPlan) -> StepOutcome:
         model = self._models[plan.model]
         for copy in plan.copies:
             model.ops.copy_block(copy.source, copy.target)
@@ -239,6 +267,10 @@ def following(step: SequenceStep) -> SequenceStep:
     return SequenceStep(
         slot=step.slot, start=step.start + 1, tokens=[], blocks=step.blocks, sampling=step.sampling
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _give_memory_back() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from client.zmq_client import Client
+from shared.errors import TpserveError
 from tests.e2e.server import Server
 
 CONFIGURATIONS = [(1, "shm"), (2, "nccl"), (2, "gloo"), (3, "shm")]
@@ -51,6 +52,15 @@ def test_a_seed_gives_one_story_for_any_number_of_workers(address: str) -> None:
             assert done.token_ids == expected
 
 
+def test_deterministic_kernels_that_are_not_there_end_the_start(story_model: Path) -> None:
+    flags = ("--model", f"story={story_model}", "--device", "cuda", "--deterministic")
+    with Server(*flags, env=ON_CPU) as server:
+        assert server.wait_exit(120) != 0
+        log = "".join(server.log)
+    assert "--deterministic needs the Triton kernels, and they are for GPUs, not for cpu" in log
+    assert "Traceback" not in log
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_start_says_so(story_model: Path) -> None:
     with Server("--model", f"story={story_model}", "--device", "cuda") as server:
@@ -59,3 +69,30 @@ def test_without_a_gpu_the_start_says_so(story_model: Path) -> None:
     assert "--device cuda needs" in log
     assert "or use --device cpu" in log or "or --device cpu" in log
     assert "Traceback" not in log
+
+
+def test_out_of_memory_in_a_step_ends_its_jobs_and_nothing_else(
+    story_model: Path, golden: list[dict[str, Any]]
+) -> None:
+    """One rank alone: steps of more than 100 tokens have no room."""
+    environment = {**ON_CPU, "TPSERVE_TEST_DEVICE_ROOM": "100"}
+    flags = ("--model", f"story={story_model}", "--device", "cuda", "--kv-memory", "64M")
+    with Server(*flags, env=environment) as server, Client(server.wait_ready()) as client:
+        for _ in range(8):  # more often than workers could be lost
+            with pytest.raises(TpserveError, match="no room for a step of 1 sequences") as caught:
+                client.story("word " * 150, temperature=0, max_tokens=4).result()
+            assert caught.value.code == "out_of_memory"
+        case = golden[0]
+        done = client.story(case["prompt"], temperature=0, max_tokens=200).result()
+        assert done.token_ids == case["new_ids"]
+        assert client.status().epoch == 1
+
+
+def test_out_of_memory_among_several_ranks_is_an_error_of_the_jobs_too(story_model: Path) -> None:
+    environment = {**ON_CPU, "TPSERVE_TEST_DEVICE_ROOM": "100"}
+    flags = ("--model", f"story={story_model}", "--device", "cuda", "--workers", "2")
+    with Server(*flags, "--kv-memory", "64M", env=environment) as server:
+        client = Client(server.wait_ready())
+        with client, pytest.raises(TpserveError, match="TPSERVE_TEST_DEVICE_ROOM is 100") as caught:
+            client.story("word " * 150, temperature=0, max_tokens=4).result()
+        assert caught.value.code == "out_of_memory"

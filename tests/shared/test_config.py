@@ -60,6 +60,7 @@ def test_every_option_has_a_flag_with_help() -> None:
         (["--dtype", "fp7"], ["dtype", "fp7"]),
         (["--comm", "smoke-signals"], ["comm", "smoke-signals"]),
         (["--comm", "nccl"], ["nccl", "--device cuda"]),
+        (["--deterministic"], ["deterministic", "device is 'cpu'", "--device cuda"]),
         (["--device", "cuda", "--workers", "auto"], ["workers", "auto", "number of GPUs"]),
         (["--model", "justaname"], ["justaname", "NAME=MODEL"]),
         (["--model", "a=x", "--model", "a=y"], ["'a'", "twice"]),

@@ -2,7 +2,11 @@
 
 import pytest
 
+from tests.worker import interpreter
 from worker.native.api import native_library
+
+if interpreter.INTERPRETED:
+    interpreter.repair()
 
 
 @pytest.fixture(params=["torch", "native"])

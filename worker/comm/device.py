@@ -32,6 +32,8 @@ class Accelerator:
 
     device: torch.device
     collectives: Collectives
+    deterministic: bool = False
+    """Whether results must not depend on the batch, or on the number of ranks."""
 
 
 class Alone:

@@ -20,12 +20,15 @@ from shared.hub import resolve_model
 from shared.messages import KVPrecision, Precision
 from shared.model_config import read_model_config
 from shared.precision import kv_precision
+from worker.comm.device import Accelerator, Alone
 from worker.compare.measures import Comparison, Reference, comparison, difference, perplexity
 from worker.compare.observe import Observed, observe
 from worker.compare.report import report
 from worker.compare.text import Text, read_text
+from worker.device import describe as describe_device
+from worker.device import device_of
 from worker.native.api import Pool, native_library
-from worker.ops.choose import describe
+from worker.ops.choose import describe, device_kernels
 from worker.ops.native import why_not_native
 
 EXIT_FAILED = 1
@@ -50,6 +53,7 @@ def main() -> int:
             args.threads,
             args.text,
             args.max_tokens,
+            args.device,
         )
         print(msgspec.json.encode(result).decode() if args.json else report(result), flush=True)
         if args.plot is not None:
@@ -80,28 +84,38 @@ def compare(
     threads: int,
     text_file: Path | None = None,
     max_tokens: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Comparison:
     """Each of `dtypes` with `kv_dtype` against `against`, whose keys and values are as `auto` says.
+
+    All on the CPU, or all on the first GPU.
 
     Raises ModelError, ConfigError, MemoryError.
     """
     config = read_model_config(folder)
     text = read_text(folder, config, text_file, max_tokens)
     torch.set_num_threads(threads)
+    pool, accelerator = None, None
     library = native_library()
-    pool = None if library is None else Pool(library, threads, crowded=False)
+    if device == "cuda":
+        accelerator = Accelerator(device_of(0, 1), Alone())
+        name = device_kernels(accelerator.device, deterministic=False).name
+        kernels = f"{name} on {describe_device(accelerator.device)}"
+    else:
+        kernels = describe(None if why_not_native(config) else library)
+        pool = None if library is None else Pool(library, threads, crowded=False)
     reference = Reference(
         dtype=against, kv_dtype=kv_precision("auto", against), perplexity=float("nan")
     )
-    theirs = _observed(folder, against, reference.kv_dtype, text, pool)
+    theirs = _observed(folder, against, reference.kv_dtype, text, pool, accelerator)
     precisions = []
     for dtype in dtypes:
         kv = kv_precision(kv_dtype, dtype)
-        ours = _observed(folder, dtype, kv, text, pool)
+        ours = _observed(folder, dtype, kv, text, pool, accelerator)
         precisions.append(difference(ours, theirs, dtype, kv))
     return comparison(
         str(folder),
-        describe(None if why_not_native(config) else library),
+        kernels,
         text,
         msgspec.structs.replace(reference, perplexity=perplexity(theirs)),
         theirs.layers.shape[1],
@@ -151,6 +165,12 @@ def argument_parser() -> argparse.ArgumentParser:
         default=len(os.sched_getaffinity(0)),
         help="compute threads (default: one for each core)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what computes all of them; cuda: the first GPU (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="write a PNG of the error after each layer"
@@ -159,11 +179,16 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _observed(
-    folder: Path, dtype: Precision, kv_dtype: KVPrecision, text: Text, pool: Pool | None
+    folder: Path,
+    dtype: Precision,
+    kv_dtype: KVPrecision,
+    text: Text,
+    pool: Pool | None,
+    accelerator: Accelerator | None,
 ) -> Observed:
     if sys.stderr.isatty():
         print(f"{dtype}: {text.positions} positions ...", file=sys.stderr)
-    observed = observe(folder, dtype, kv_dtype, text, pool)
+    observed = observe(folder, dtype, kv_dtype, text, pool, accelerator)
     gc.collect()  # the model holds itself; the next one needs its memory
     return observed
 

@@ -15,6 +15,7 @@ from shared.messages import BLOCK_TOKENS, KVPrecision, Precision
 from shared.model_config import ModelConfig, read_model_config
 from shared.worker_messages import AllocateKV, CommSetup, LoadModel, Sampling, SequenceStep
 from worker.comm.base import Floats
+from worker.comm.device import Accelerator
 from worker.comm.local import LocalCommunicator
 from worker.compare.text import Text
 from worker.native.api import Pool
@@ -56,6 +57,7 @@ class LocalModel:
         kv_dtype: KVPrecision,
         pool: Pool | None,
         text: Text,
+        accelerator: Accelerator | None = None,
     ) -> None:
         """KV memory is for a window of the text at a time, or for all continuations.
 
@@ -65,7 +67,7 @@ class LocalModel:
         self._taken: list[Floats] = []
         shards = range(_VIRTUAL_SHARDS)
         setup = CommSetup(kind="local", rank=0, owned=[(shards.start, shards.stop)], deadline_s=1.0)
-        runner = Runner(LocalCommunicator(setup), [shards], _VIRTUAL_SHARDS, pool)
+        runner = Runner(LocalCommunicator(setup), [shards], _VIRTUAL_SHARDS, pool, accelerator)
         runner.load(
             LoadModel(
                 model=_NAME,
@@ -118,10 +120,15 @@ class LocalModel:
 
 
 def observe(
-    folder: Path, dtype: Precision, kv_dtype: KVPrecision, text: Text, pool: Pool | None
+    folder: Path,
+    dtype: Precision,
+    kv_dtype: KVPrecision,
+    text: Text,
+    pool: Pool | None,
+    accelerator: Accelerator | None = None,
 ) -> Observed:
     """Load the model, give it the text, and let it go. Raises as LocalModel."""
-    model = LocalModel(folder, dtype, kv_dtype, pool, text)
+    model = LocalModel(folder, dtype, kv_dtype, pool, text, accelerator)
     config, kept = model.config, kept_positions(model.config, text.positions)
     layers = np.empty((config.num_layers, kept, config.hidden_size), dtype=np.float32)
     logits = np.empty((kept, config.vocab_size), dtype=np.float32)

@@ -3,17 +3,20 @@ torch."""
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
-from shared.errors import ModelError
+from shared.errors import ConfigError, ModelError
 from shared.model_config import ModelConfig
 from shared.worker_messages import LoadModel
 from worker.comm.base import Communicator
 from worker.comm.device import Accelerator
 from worker.native.api import Pool, isa_of
 from worker.ops.base import Ops
+from worker.ops.device_kernels import DeviceKernels, TorchKernels
 from worker.ops.device_ops import DeviceOps
 from worker.ops.native import NativeOps, why_not_native
 from worker.ops.torch_ops import TorchOps
@@ -22,6 +25,8 @@ from worker.shard_cache import ShardCache
 log = logging.getLogger("worker.ops")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICE_KERNELS = "TPSERVE_DEVICE_KERNELS"
+"""Environment variable: triton or torch are the kernels of --device cuda; unset: the first that works."""
 _DEVICE_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}
 
 
@@ -67,9 +72,13 @@ def make_device_ops(
     order: LoadModel,
     config: ModelConfig,
     accelerator: Accelerator,
+    owned: Sequence[range],
     progress: Callable[[int], None],
 ) -> DeviceOps:
-    """For the model that `order` names, on a device. Raises ModelError for a precision it has not."""
+    """For the model that `order` names, on a device.
+
+    Raises ModelError for a precision it has not, ConfigError as `device_kernels` does.
+    """
     choices = (
         ("--dtype", order.dtype, _DEVICE_DTYPES),
         ("--kv-dtype", order.kv_dtype, TORCH_DTYPES),
@@ -81,7 +90,57 @@ def make_device_ops(
                 f" {', '.join(known)}"
             )
     dtype, kv_dtype = _DEVICE_DTYPES[order.dtype], TORCH_DTYPES[order.kv_dtype]
-    return DeviceOps(accelerator, dtype, kv_dtype, config.sliding_window, progress)
+    return DeviceOps(
+        accelerator,
+        device_kernels(accelerator.device, accelerator.deterministic),
+        [len(shards) for shards in owned],
+        dtype,
+        kv_dtype,
+        config.sliding_window,
+        progress,
+    )
+
+
+def device_kernels(device: torch.device, deterministic: bool) -> DeviceKernels:
+    """Triton's on GPUs where it can be used, else torch's functions.
+
+    The environment's TPSERVE_DEVICE_KERNELS can name them, as triton or torch. Raises ConfigError where
+    those are not there, or only others are deterministic.
+    """
+    wanted = os.environ.get(DEVICE_KERNELS, "")
+    if wanted not in ("", "triton", "torch"):
+        raise ConfigError(f"{DEVICE_KERNELS} is {wanted!r}; it can be triton or torch")
+    reason = f"{DEVICE_KERNELS} is torch" if wanted == "torch" else why_not_triton(device)
+    if reason is None:
+        # Of the GPU only: it takes seconds to import, and builds of torch for the CPU come without it.
+        from worker.ops.triton.kernels import TritonKernels
+
+        return TritonKernels(deterministic=deterministic)
+    if deterministic:
+        raise ConfigError(f"--deterministic needs the Triton kernels, and {reason}")
+    if wanted == "triton":
+        raise ConfigError(f"{DEVICE_KERNELS} is triton, and {reason}")
+    if device.type == "cuda" and wanted != "torch":
+        log.warning("the device computes with torch's functions: %s", reason)
+    return TorchKernels()
+
+
+@cache
+def why_not_triton(device: torch.device) -> str | None:
+    """None: it works. A device that is no GPU has it in its interpreter only (TRITON_INTERPRET=1)."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"they are for GPUs, not for {device}"
+    try:
+        from worker.ops.triton.elementwise import swiglu
+
+        # Also compiles what launches a kernel, for which Triton wants a C compiler.
+        swiglu(torch.zeros((1, 2), device=device))
+    except ImportError as error:
+        return f"Triton is not there ({error})"
+    except Exception as error:  # noqa: BLE001 - compilers and drivers have many ways to fail
+        return f"Triton does not work here ({type(error).__name__}: {error})"
+    return None
 
 
 def describe(library: ctypes.CDLL | None) -> str:

@@ -1,8 +1,9 @@
-"""The decoder's arithmetic in torch on one device, weights, activations and KV cache included.
+"""The decoder's arithmetic on one device, weights, activations and KV cache included.
 
 The residual stream is float32; products take their inputs and give their outputs in the compute
 dtype, which is the weights', or bfloat16 where those are int8, and add up in float32. Each rank
-multiplies its own columns at once, and the ranks' sums are added up by the device's collectives.
+multiplies its own columns at once, and the ranks' sums are added up by the device's collectives; with
+deterministic kernels there is a sum for each virtual shard, and they are added in the fixed tree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,36 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from shared.errors import ModelError
 from shared.worker_messages import SequenceStep
 from worker.comm.base import Floats
 from worker.comm.device import Accelerator
+from worker.device import check_room
 from worker.kv_cache import KVCache, block_bytes
 from worker.native.sampling import Wanted
 from worker.ops.base import NO_SUMS, HeadLayout, HeadNorms, RopeTable, Source
-from worker.ops.device_step import DeviceStep, attend
-from worker.ops.torch_ops import prepare, uneven_kv_of_head
+from worker.ops.device_kernels import DeviceKernels, Heads, Int8Weight, Matrix
+from worker.ops.device_step import DeviceStep
+from worker.ops.torch_ops import prepare
 from worker.sampling.vocabulary import Doubles, Ints, StepLogits, best_of
 
 
 @dataclass(frozen=True)
-class Int8Weight:
-    """A weight [N, K] whose rows are integers times a scale each."""
+class RowWeight:
+    """A weight whose inputs are this rank's, and how many of them each owned virtual shard has."""
 
-    values: torch.Tensor
-    """[N, K] int8."""
-    scales: torch.Tensor
-    """[N], in the compute dtype."""
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, compute: torch.dtype) -> "Int8Weight":
-        """Rounded to the nearest; the largest number of a row becomes 127."""
-        rows = weight.float()
-        scales = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        return cls((rows / scales[:, None]).round().to(torch.int8), scales.to(compute))
-
-
-Matrix = torch.Tensor | Int8Weight
+    matrix: Matrix
+    """[N, K]; int8 of deterministic kernels has scales [S, N]."""
+    widths: list[int]
 
 
 class DeviceOps:
@@ -49,13 +40,19 @@ class DeviceOps:
     def __init__(
         self,
         accelerator: Accelerator,
+        kernels: DeviceKernels,
+        shard_counts: Sequence[int],
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
         sliding_window: int | None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """dtype: of the weights; int8 computes in bfloat16. progress: is told the weight bytes so far."""
+        """shard_counts: virtual shards of every rank. dtype: of the weights; int8 computes in bfloat16.
+
+        progress: is told the weight bytes so far.
+        """
         self.device = accelerator.device
+        self._kernels, self._shard_counts = kernels, tuple(shard_counts)
         self._collectives = accelerator.collectives
         self._dtype, self._kv_dtype, self._window = dtype, kv_dtype, sliding_window
         self._compute = torch.bfloat16 if dtype == torch.int8 else dtype
@@ -65,7 +62,7 @@ class DeviceOps:
         self.weight_bytes = 0
         self.comm_seconds = 0.0  # collectives run on the device, beside the host
         self._cache: KVCache | None = None
-        self._kv_of_head: torch.Tensor | None = None
+        self._heads: Heads | None = None
         self._step: DeviceStep | None = None
         self._rope: RopeTable | None = None
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -88,13 +85,20 @@ class DeviceOps:
         token_ids: Sequence[range] | None = None,
     ) -> Matrix:
         """See Ops."""
-        return self._matrix(source)
+        return self._counted(self._read(source))
 
     def row_weight(
         self, source: Source, widths: Sequence[int], *, head_dim: int | None = None
-    ) -> Matrix:
+    ) -> RowWeight:
         """See Ops."""
-        return self._matrix(source)
+        if self._dtype == torch.int8 and self._kernels.deterministic:
+            # A scale for each row of a shard: what a rank owns besides must not matter.
+            pieces = torch.split(source.read().to(self.device), list(widths), dim=1)
+            shards = [self._quantized(piece) for piece in pieces]
+            values = torch.cat([shard.values for shard in shards], dim=1)
+            scales = torch.stack([shard.scales for shard in shards])
+            return RowWeight(self._counted(Int8Weight(values, scales)), [*widths])
+        return RowWeight(self._counted(self._read(source)), [*widths])
 
     def block_bytes(self, layers: int, layout: HeadLayout) -> int:
         """See Ops."""
@@ -114,25 +118,28 @@ class DeviceOps:
     ) -> None:
         """See Ops. One block more is there for rows that only fill up a batch: number `blocks`."""
         self._forward = forward
-        uneven = uneven_kv_of_head(layout)
-        self._kv_of_head = None if uneven is None else uneven.to(self.device)
+        self._heads = Heads.of(layout, self.device)
         shape = (layers, len(layout.kv_heads), layout.head_dim, blocks + 1)
-        try:
-            self._cache = KVCache(*shape, self._kv_dtype, self.device)
-        except torch.OutOfMemoryError:
-            size = (blocks + 1) * self.block_bytes(layers, layout)
-            raise ModelError(
-                f"{self.device} has no room for a KV cache of {size / 1e9:.2f} GB:"
-                " give less --kv-memory, or unload a model"
-            ) from None
+        self._cache = KVCache(*shape, self._kv_dtype, self.device)
 
-    def _matrix(self, source: Source) -> Matrix:
+    def _read(self, source: Source) -> Matrix:
         read = source.read()
-        if self._dtype != torch.int8:
-            return self._count(read.to(self.device, self._dtype))
-        weight = Int8Weight.of(read.to(self.device), self._compute)
-        self._count(weight.scales)
-        self._count(weight.values)
+        if self._dtype == torch.int8:
+            return self._quantized(read.to(self.device))
+        return read.to(self.device, self._dtype).contiguous()
+
+    def _quantized(self, weight: torch.Tensor) -> Int8Weight:
+        if not weight.shape[1]:  # of a virtual shard without heads
+            nothing = weight.new_zeros(weight.shape, dtype=torch.int8)
+            return Int8Weight(nothing, weight.new_ones(len(weight), dtype=self._compute))
+        return Int8Weight.of(weight, self._compute)
+
+    def _counted(self, weight: Matrix) -> Matrix:
+        if isinstance(weight, Int8Weight):
+            self._count(weight.scales)
+            self._count(weight.values)
+        else:
+            self._count(weight)
         return weight
 
     def _count(self, weight: torch.Tensor) -> torch.Tensor:
@@ -150,35 +157,44 @@ class DeviceOps:
         self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Ops."""
-        if delta is not None:
-            x = x + delta
-        return x, self._norm(x, weight, eps)
+        return self._kernels.add_norm(x, delta, weight, eps, self._compute)
 
     def final_norm(
         self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """See Ops."""
-        x = x + delta
         for span, total in self._now.pooled:
-            hidden = F.rms_norm(x[span], weight.shape, weight, eps)
+            hidden = F.rms_norm(x[span] + delta[span], weight.shape, weight, eps)
             total += hidden.double().sum(0).cpu().numpy()
         rows = self._now.logit_rows
-        return self._norm(x if rows is None else x[rows], weight, eps)
+        if rows is not None:
+            x, delta = x[rows], delta[rows]
+        return self._kernels.add_norm(x, delta, weight, eps, self._compute)[1]
 
     def linear(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
         """See Ops."""
-        x = x.to(self._compute)
-        if isinstance(weight, Int8Weight):
-            return F.linear(x, weight.values.to(self._compute)) * weight.scales
-        return F.linear(x, weight)
+        return self._kernels.linear(x.to(self._compute), weight)
 
     def add_bias(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """See Ops."""
         return x + bias
 
-    def linear_all_reduce(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
-        """See Ops. The sum is of one product for each rank, not for each virtual shard."""
-        return self._collectives.all_reduce(self.linear(x, weight))
+    def linear_all_reduce(self, x: torch.Tensor, weight: RowWeight) -> torch.Tensor:
+        """See Ops. Of deterministic kernels only the sum is of a product for each virtual shard."""
+        if not self._kernels.deterministic:
+            return self._collectives.all_reduce(self.linear(x, weight.matrix))
+        x = x.to(self._compute)
+        own = self._kernels.shard_products(x, weight.matrix, weight.widths)
+        return _tree_sum(self._of_all_ranks(own))
+
+    def _of_all_ranks(self, own: torch.Tensor) -> torch.Tensor:
+        """Partial sums [own shards, T, N] of every rank -> [virtual shards, T, N]."""
+        if self._collectives.world == 1:
+            return own
+        most = max(self._shard_counts)
+        every = self._collectives.all_gather(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))
+        counts = self._shard_counts
+        return torch.cat([rows[:count] for rows, count in zip(every, counts, strict=True)])
 
     def attention(
         self,
@@ -190,30 +206,20 @@ class DeviceOps:
     ) -> torch.Tensor:
         """See Ops."""
         assert self._cache is not None, "allocate comes before steps"
-        tokens, heads, kv_heads = len(qkv), len(layout.heads), len(layout.kv_heads)
+        assert self._heads is not None, "allocate comes before steps"
+        tokens, heads = len(qkv), len(layout.heads)
         if not heads:  # fewer heads than virtual shards
             return qkv.new_empty((tokens, 0))
-        by_head = qkv.view(tokens, heads + 2 * kv_heads, layout.head_dim)
-        rotated = by_head[:, : heads + kv_heads].float()
-        if norms is not None:
-            rotated = torch.cat(
-                (
-                    F.rms_norm(rotated[:, :heads], (layout.head_dim,), norms.query, norms.eps),
-                    F.rms_norm(rotated[:, heads:], (layout.head_dim,), norms.key, norms.eps),
-                ),
-                dim=1,
-            )
-        rotated = _rotate(rotated, *self._angles_of(rope))
-        q, k = rotated[:, :heads].to(self._compute), rotated[:, heads:]
-        self._cache.write(layer, k, by_head[:, heads + kv_heads :], self._now.places)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        mixed = attend(q, keys, values, self._now, self._kv_of_head)
+        angles, places = self._angles_of(rope), self._now.places
+        q = self._kernels.rotate_and_store(qkv, angles, places, norms, keys, values, layout)
+        q = q.to(self._compute)
+        mixed = self._kernels.attend(q, keys, values, self._now, self._heads)
         return mixed.reshape(tokens, heads * layout.head_dim)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See Ops."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return self._kernels.swiglu(gate_up)
 
     def probe(self, x: torch.Tensor, delta: torch.Tensor) -> None:
         """See Ops."""
@@ -223,9 +229,6 @@ class DeviceOps:
     def logits(self, x: torch.Tensor, head: Matrix) -> torch.Tensor:
         """See Ops."""
         return self.linear(x, head).float()
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps).to(self._compute)
 
     def _angles_of(self, rope: RopeTable) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the step's positions, [T, 1, head_dim / 2] each; looked up once a step."""
@@ -288,13 +291,12 @@ class DeviceOps:
         """Logits [B, own tokens] float32, on the device."""
         assert self._forward is not None, "allocate comes before steps"
         self._step, self._angles = step, None
+        check_room(len(step.ids))
         return self._forward()
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, heads, head_dim] by its position; cos, sin [T, 1, head_dim / 2].
-
-    Dimension i is paired with i + head_dim / 2, as in Hugging Face checkpoints.
-    """
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+def _tree_sum(partials: torch.Tensor) -> torch.Tensor:
+    """[S, T, N] -> [T, N]: neighbours first, so that the order depends on nothing but S, a power of two."""
+    while len(partials) > 1:
+        partials = partials[0::2] + partials[1::2]
+    return partials[0]

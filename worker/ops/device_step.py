@@ -1,12 +1,14 @@
-"""What a forward pass on a device takes, as tensors of that device, and the attention it computes."""
+"""What a forward pass on a device takes, as tensors of that device, and attention with torch's functions."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
 from shared.messages import BLOCK_TOKENS
-from worker.ops.torch_ops import PrefillSpan, StepInput
+from worker.ops.torch_ops import StepInput
 from worker.sampling.vocabulary import Doubles
 
 
@@ -16,10 +18,39 @@ class DeviceSpan:
 
     rows: slice
     """Of the batch."""
-    places: torch.Tensor
-    """[L] int64: where the KV cache holds the sequence so far, these tokens included."""
-    visible: torch.Tensor | None
-    """[tokens, L] bool; None: the span is the whole sequence, and each token sees those before it."""
+    start: int
+    """Position of the first of them."""
+    table: torch.Tensor
+    """[N] int64: the blocks of the sequence so far, these tokens included."""
+    window: int | None
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """[L] int64: where the KV cache holds the sequence so far."""
+        at = torch.arange(self._length, device=self.table.device)
+        return _places(self.table[None], at[None])[0]
+
+    @cached_property
+    def visible(self) -> torch.Tensor | None:
+        """[tokens, L] bool; None: the span is the whole sequence, and each token sees those before it."""
+        if not self.start and self.window is None:
+            return None
+        key_at = torch.arange(self._length, device=self.table.device)
+        query_at = key_at[self.start :, None]
+        visible = key_at <= query_at
+        if self.window is not None:
+            visible &= key_at > query_at - self.window
+        return visible
+
+    @property
+    def _length(self) -> int:
+        return self.start + self.count
+
+    @property
+    def count(self) -> int:
+        """Of its tokens."""
+        rows: int = self.rows.stop - self.rows.start
+        return rows
 
 
 @dataclass(frozen=True)
@@ -28,10 +59,32 @@ class DeviceDecode:
 
     rows: torch.Tensor | None
     """[B] int64: their rows of the batch; None: they are the batch."""
-    places: torch.Tensor
-    """[B, L] int64: where the KV cache holds their positions, padded by repetition."""
-    visible: torch.Tensor
-    """[B, L] bool: not padding, and inside a sliding window."""
+    table: torch.Tensor
+    """[B, N] int64: N blocks that hold at least `positions`; any, behind those."""
+    positions: torch.Tensor
+    """[B] int64."""
+    window: int | None
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """[B, L] int64: where the KV cache holds their positions, padded by repetition.
+
+        Memory that was never written may hold NaN, which no mask removes: only written places.
+        """
+        return _places(self.table, torch.minimum(self._at, self.positions[:, None]))
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """[B, L] bool: not padding, and inside a sliding window."""
+        here = self.positions[:, None]
+        visible = self._at <= here
+        if self.window is not None:
+            visible &= self._at > here - self.window
+        return visible
+
+    @property
+    def _at(self) -> torch.Tensor:
+        return torch.arange(self.table.shape[1] * BLOCK_TOKENS, device=self.table.device)
 
 
 @dataclass(frozen=True)
@@ -58,14 +111,24 @@ class DeviceStep:
         if step.decode is not None:
             decode = DeviceDecode(
                 rows=step.decode.rows.to(device),
-                places=step.decode.places.to(device),
-                visible=~step.decode.hidden.to(device),
+                table=_blocks(step.decode.places).to(device),
+                positions=step.positions[step.decode.rows].to(device),
+                window=window,
             )
+        spans = (
+            DeviceSpan(
+                rows=slice(span.first, span.first + span.count),
+                start=span.start,
+                table=_blocks(span.places).to(device),
+                window=window,
+            )
+            for span in step.prefill
+        )
         return cls(
             ids=step.ids.to(device),
             positions=step.positions.to(device),
             places=step.places.to(device),
-            spans=tuple(_span(span, window, device) for span in step.prefill),
+            spans=tuple(spans),
             decode=decode,
             logit_rows=step.logit_rows.to(device),
             pooled=step.pooled,
@@ -79,20 +142,12 @@ class DeviceStep:
 
         ids, positions: [B] int64; table: [B, N] int64, N blocks that hold at least `positions`.
         """
-        at = torch.arange(table.shape[1] * BLOCK_TOKENS, device=table.device)
-        here = positions[:, None]
-        # Memory that was never written may hold NaN, which no mask removes: only written places.
-        written = torch.minimum(at, here)
-        places = _places(table, written)
-        visible = at <= here
-        if window is not None:
-            visible &= at > here - window
         return cls(
             ids=ids,
             positions=positions,
-            places=_places(table, here)[:, 0],
+            places=_places(table, positions[:, None])[:, 0],
             spans=(),
-            decode=DeviceDecode(None, places, visible),
+            decode=DeviceDecode(None, table, positions, window),
             logit_rows=None,
             pooled=(),
         )
@@ -113,12 +168,24 @@ def attend(
     if step.decode is not None and step.decode.rows is None:
         return _attend_decode(q, keys, values, step.decode, kv_of_head)
     out = torch.empty_like(q)
-    for span in step.spans:
-        out[span.rows] = _attend_span(q[span.rows], keys, values, span, kv_of_head)
+    attend_spans(out, q, keys, values, step.spans, kv_of_head)
     if step.decode is not None:
         rows = step.decode.rows
         out[rows] = _attend_decode(q[rows], keys, values, step.decode, kv_of_head)
     return out
+
+
+def attend_spans(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spans: Iterable[DeviceSpan],
+    kv_of_head: torch.Tensor | None,
+) -> None:
+    """`attend` for the rows of these spans, into `out` [T, heads, d]."""
+    for span in spans:
+        out[span.rows] = _attend_span(q[span.rows], keys, values, span, kv_of_head)
 
 
 def _attend_span(
@@ -173,13 +240,6 @@ def _places(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return table.gather(1, positions // BLOCK_TOKENS) * BLOCK_TOKENS + positions % BLOCK_TOKENS
 
 
-def _span(span: PrefillSpan, window: int | None, device: torch.device) -> DeviceSpan:
-    rows = slice(span.first, span.first + span.count)
-    visible = None
-    if span.start or window is not None:
-        query_at = torch.arange(span.start, span.start + span.count, device=device)[:, None]
-        key_at = torch.arange(span.start + span.count, device=device)
-        visible = key_at <= query_at
-        if window is not None:
-            visible &= key_at > query_at - window
-    return DeviceSpan(rows, span.places.to(device), visible)
+def _blocks(places: torch.Tensor) -> torch.Tensor:
+    """The block tables [..., N] that lead to places [..., L] of the positions from 0 on."""
+    return places[..., ::BLOCK_TOKENS] // BLOCK_TOKENS
