@@ -272,6 +272,12 @@ class Desk:
         for job in [self._jobs[key] for key in guilty]:
             log.error("job %s is given up: the workers were lost with each try", job.id)
             self._fail(job, _kills_workers(error))
+        if self.running:
+            alone = sum(not sequence.finished for sequence in suspects)
+            waiting = (
+                "%d jobs wait for new workers; %d sequences were under way and run alone at first"
+            )
+            log.info(waiting, self.running, alone)
         return len(guilty)
 
     def has_jobs(self, model: str) -> bool:
