@@ -4,7 +4,6 @@ On a GPU, and on the CPU in Triton's interpreter (tests/triton.sh).
 """
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +71,11 @@ def logits_after(
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_batches_chunks_and_workers_change_no_bit(
-    dtype: Precision, device: torch.device, make_checkpoint: Callable[..., Path]
+    dtype: Precision, device: torch.device, tiny_gqa: Path
 ) -> None:
-    folder = make_checkpoint("tiny-gqa")
 
     def logits(world: int, *steps: Batch) -> Floats:
-        return logits_after(folder, device, dtype, world, list(steps))
+        return logits_after(tiny_gqa, device, dtype, world, list(steps))
 
     whole = logits(1, [(0, 0, PROMPT)])
     head, middle, tail = PROMPT[:3], PROMPT[3:8], PROMPT[8:]
@@ -90,10 +88,9 @@ def test_batches_chunks_and_workers_change_no_bit(
     assert not np.array_equal(logits(1, [(0, 0, [5, *PROMPT[1:]])]), whole)
 
 
-def test_they_compute_the_model(device: torch.device, make_checkpoint: Callable[..., Path]) -> None:
-    folder = make_checkpoint("tiny-gqa")
-    ours = logits_after(folder, device, "fp32", 1, [[(0, 0, PROMPT)]])
-    theirs = logits_of(folder, 1, [PROMPT], "torch", max_model_len=128)[0]
+def test_they_compute_the_model(device: torch.device, tiny_gqa: Path) -> None:
+    ours = logits_after(tiny_gqa, device, "fp32", 1, [[(0, 0, PROMPT)]])
+    theirs = logits_of(tiny_gqa, 1, [PROMPT], "torch", max_model_len=128)[0]
     assert relative(ours, theirs) < 1e-4
 
 
