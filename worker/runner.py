@@ -166,14 +166,14 @@ class Runner:
         return self._models[name]
 
     def allocate(self, order: AllocateKV) -> None:
-        """KV memory of a loaded model. Raises MemoryPlanError when a device has no room for it."""
+        """KV memory of a loaded model. Raises MemoryPlanError when there is no room for it."""
         try:
             self._allocate(order)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:  # what torch and the library raise then
             raise MemoryPlanError(
-                f"{order.model}: the device has no room for a KV cache of {order.blocks} blocks"
+                f"{order.model}: there is no room for a KV cache of {order.blocks} blocks"
                 f" ({_first_line(error)}): give less --kv-memory, or unload a model"
-            ) from None
+            ) from error
 
     def _allocate(self, order: AllocateKV) -> None:
         model = self._models[order.model]

@@ -23,7 +23,7 @@ from worker.runner import Runner
 
 BLOCKS = 8
 """Of each sequence."""
-PROMPT = [1, *range(50, 58)]
+PROMPT = [1, *range(50, 67)]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -78,13 +78,13 @@ def test_batches_chunks_and_workers_change_no_bit(
         return logits_after(tiny_gqa, device, dtype, world, list(steps))
 
     whole = logits(1, [(0, 0, PROMPT)])
-    head, middle, tail = PROMPT[:3], PROMPT[3:8], PROMPT[8:]
-    chunked = logits(1, [(2, 0, head)], [(2, 3, middle)], [(2, 8, tail)])
+    head, middle, tail = PROMPT[:7], PROMPT[7:17], PROMPT[17:]
+    chunked = logits(1, [(2, 0, head)], [(2, 7, middle)], [(2, 17, tail)])
     beside = logits(1, [(1, 0, [1, 7])], [(0, 0, PROMPT), (1, 2, [4]), (3, 0, [1, 5, 9])])
     assert np.array_equal(chunked, whole)
     assert np.array_equal(beside, whole)
     assert np.array_equal(logits(2, [(0, 0, PROMPT)]), whole)
-    assert np.array_equal(logits(3, [(0, 0, head)], [(0, 3, PROMPT[3:])]), whole)
+    assert np.array_equal(logits(3, [(0, 0, head)], [(0, 7, PROMPT[7:])]), whole)
     assert not np.array_equal(logits(1, [(0, 0, [5, *PROMPT[1:]])]), whole)
 
 

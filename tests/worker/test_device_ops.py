@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from shared.config import PROJECT_ROOT
-from shared.errors import ModelError
+from shared.errors import MemoryPlanError, ModelError
 from shared.messages import BLOCK_TOKENS, Precision
 from shared.worker_messages import (
     AllocateKV,
@@ -218,6 +219,20 @@ def test_a_plan_may_begin_before_the_last_ones_tokens_are_read(
             assert not runner.can_follow(next_plan, before)
         ahead.append(before.finish().sampled.tokens)
         assert ahead == one_by_one
+
+    run_ranks(1, job)
+
+
+def test_a_kv_cache_that_does_not_fit_is_an_error_and_another_can_be_had(
+    device: torch.device, tiny_gqa: Path
+) -> None:
+    def job(comm: Communicator, owned: list[range]) -> None:
+        machine = Machine(tiny_gqa, comm, owned, on(device, comm))
+        order = AllocateKV(model="m", blocks=1 << 40, slots=SLOTS, tokens=512)
+        with pytest.raises(MemoryPlanError, match="no room for a KV cache of 1099511627776 blocks"):
+            machine._runner.allocate(order)
+        machine._runner.allocate(msgspec.structs.replace(order, blocks=SLOTS * BLOCKS))
+        assert len(machine.plan([(0, 0, PROMPTS[0], GREEDY)])) == 1
 
     run_ranks(1, job)
 
