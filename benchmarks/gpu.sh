@@ -33,7 +33,7 @@ fi
 # What the worker, the server, the tests and the comparison import, as PACKAGE:MODULE.
 wanted=(msgspec:msgspec numpy:numpy pyzmq:zmq safetensors:safetensors tokenizers:tokenizers jinja2:jinja2
     huggingface-hub:huggingface_hub platformdirs:platformdirs psutil:psutil pytest:pytest
-    pytest-timeout:pytest_timeout sqlalchemy:sqlalchemy alembic:alembic transformers:transformers)
+    pytest-timeout:pytest_timeout pytest-xdist:xdist sqlalchemy:sqlalchemy alembic:alembic transformers:transformers)
 missing=()
 for item in "${wanted[@]}"; do
     "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('${item#*:}') is None)" ||
@@ -53,7 +53,11 @@ fi
 mkdir -p "$out"
 status=0
 if [[ -z ${SKIP_TESTS:-} ]]; then
-    "$python" -m pytest -m gpu tests/worker tests/e2e/test_device.py -q 2>&1 | tee "$out/tests.txt" || status=$?
+    # Those of the kernels compile some hundred variants, which takes the processor more time than the GPU.
+    kernels=tests/worker/test_triton_kernels.py
+    "$python" -m pytest -m gpu -q --numprocesses 8 "$kernels" 2>&1 | tee "$out/tests.txt" || status=$?
+    "$python" -m pytest -m gpu -q tests/worker tests/e2e/test_device.py --ignore "$kernels" 2>&1 |
+        tee --append "$out/tests.txt" || status=$?
 fi
 "$python" -m benchmarks.gpu --out "$out" "$@" || status=$?
 exit "$status"
