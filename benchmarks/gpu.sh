@@ -32,7 +32,7 @@ fi
 
 # What the worker, the server, the tests and the comparison import, as PACKAGE:MODULE.
 wanted=(msgspec:msgspec numpy:numpy pyzmq:zmq safetensors:safetensors tokenizers:tokenizers jinja2:jinja2
-    huggingface-hub:huggingface_hub platformdirs:platformdirs psutil:psutil pytest:pytest
+    huggingface_hub:huggingface_hub platformdirs:platformdirs psutil:psutil pytest:pytest
     pytest-timeout:pytest_timeout pytest-xdist:xdist sqlalchemy:sqlalchemy alembic:alembic transformers:transformers)
 missing=()
 for item in "${wanted[@]}"; do
