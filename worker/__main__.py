@@ -43,7 +43,7 @@ from worker.device import device_of
 from worker.loading import Loading
 from worker.native.api import Pool, native_library
 from worker.ops.choose import describe, device_kernels
-from worker.runner import Runner, TimedCommunicator
+from worker.runner import Runner, StartedStep, TimedCommunicator
 
 log = logging.getLogger("worker")
 
@@ -62,6 +62,8 @@ class Worker:
         self._comm: TimedCommunicator | None = None
         self._runner: Runner | None = None
         self._loading: Loading | None = None
+        self._begun: StartedStep | None = None
+        """A plan that a device carries out, and that is to be reported."""
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._compute_s = self._comm_s = self._told_at = 0.0
@@ -78,10 +80,13 @@ class Worker:
             )
         )
         while True:
-            order = self._next_order()
-            if isinstance(order, ShutDown):
-                return
+            order: ToWorker | None = None
             try:
+                if self._begun is not None and not self._socket.poll(0):
+                    self._finish_step()  # there is no plan to begin meanwhile
+                order = self._next_order()
+                if isinstance(order, ShutDown):
+                    return
                 self._send(self._obey(order))
             except TpserveError as error:
                 fatal = isinstance(error, CommError)
@@ -144,9 +149,12 @@ class Worker:
             self._comm.close()
 
     def _obey(self, order: ToWorker) -> FromWorker | None:
+        if not isinstance(order, StepPlan):
+            self._finish_step()
         match order:
             case StepPlan():
-                return self._step(order)
+                self._step(order)
+                return None
             case LoadModel():
                 self._load(order)
                 return None
@@ -164,29 +172,54 @@ class Worker:
             case ShutDown():
                 return None
 
-    def _step(self, plan: StepPlan) -> StepResult | None:
+    def _step(self, plan: StepPlan) -> None:
+        """Begin a plan, then report the one before, whose tokens the device has had time for."""
+        before, runner = self._begun, self._ready_runner
+        if before is not None and not runner.can_follow(plan, before):
+            self._finish_step()
+            before = None
         began, in_comm = time.perf_counter(), self._in_comm_s()
         try:
-            made = self._ready_runner.step(plan)
+            started = runner.begin(plan, before)
         except MemoryPlanError as error:
+            self._finish_step()
             log.error("%s: %s", _name(plan), error)
-            return StepResult(
+            self._send(
+                StepResult(
+                    rank=self._rank,
+                    epoch=plan.epoch,
+                    step=plan.step,
+                    tokens=[],
+                    out_of_memory=error.message,
+                )
+            )
+            return
+        self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
+        self._finish_step()
+        self._begun = started
+        if started.under_way is None:
+            self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Wait for the plan that was begun, if there is one, and report it."""
+        if self._begun is None:
+            return
+        plan = self._begun.plan
+        began, in_comm = time.perf_counter(), self._in_comm_s()
+        made = self._begun.finish()
+        self._begun = None
+        self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
+        if self._rank != 0:
+            return  # every rank has the same tokens; one report is enough
+        self._send(
+            StepResult(
                 rank=self._rank,
                 epoch=plan.epoch,
                 step=plan.step,
-                tokens=[],
-                out_of_memory=error.message,
+                tokens=made.sampled.tokens,
+                logprobs=made.sampled.logprobs,
+                means=[mean.astype("<f4").tobytes() for mean in made.means],
             )
-        self._account(time.perf_counter() - began, self._in_comm_s() - in_comm)
-        if self._rank != 0:
-            return None  # every rank has the same tokens; one report is enough
-        return StepResult(
-            rank=self._rank,
-            epoch=plan.epoch,
-            step=plan.step,
-            tokens=made.sampled.tokens,
-            logprobs=made.sampled.logprobs,
-            means=[mean.astype("<f4").tobytes() for mean in made.means],
         )
 
     def _in_comm_s(self) -> float:
@@ -261,8 +294,10 @@ class Worker:
         )
 
 
-def _name(order: ToWorker) -> str:
+def _name(order: ToWorker | None) -> str:
     """What the coordinator's log calls it, too."""
+    if order is None:
+        return "the step before"
     if isinstance(order, StepPlan):
         return f"epoch {order.epoch}, step {order.step} of {order.model}"
     return type(order).__name__

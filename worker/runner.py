@@ -28,7 +28,7 @@ from worker.native.api import Pool
 from worker.native.sampling import NativeRows
 from worker.ops.base import HeadLayout, Ops
 from worker.ops.choose import make_device_ops, make_ops
-from worker.ops.device_chooser import DeviceChooser
+from worker.ops.device_chooser import DeviceChooser, UnderWay
 from worker.ops.device_ops import DeviceOps
 from worker.sampling.sampler import Sampled, Sampler
 from worker.sampling.vocabulary import Doubles, Ints, Vocabulary
@@ -166,14 +166,14 @@ class Runner:
         return self._models[name]
 
     def allocate(self, order: AllocateKV) -> None:
-        """KV memory of a loaded model. Raises MemoryPlanError when a device has no room for it."""
+        """KV memory of a loaded model. Raises MemoryPlanError when there is no room for it."""
         try:
             self._allocate(order)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:  # what torch and the library raise then
             raise MemoryPlanError(
-                f"{order.model}: the device has no room for a KV cache of {order.blocks} blocks"
+                f"{order.model}: there is no room for a KV cache of {order.blocks} blocks"
                 f" ({_first_line(error)}): give less --kv-memory, or unload a model"
-            ) from None
+            ) from error
 
     def _allocate(self, order: AllocateKV) -> None:
         model = self._models[order.model]
@@ -192,11 +192,30 @@ class Runner:
     def step(self, plan: StepPlan) -> StepOutcome:
         """Run one plan; a token for each sequence that wants one, in the plan's order, pass after pass.
 
+        Raises as `begin`.
+        """
+        return self.begin(plan).finish()
+
+    def can_follow(self, plan: StepPlan, before: "StartedStep") -> bool:
+        """Whether a plan can begin though nobody has read the tokens of the one `before`."""
+        chooser = self._models[plan.model].chooser
+        return (
+            before.under_way is not None
+            and chooser is not None
+            and chooser.can(plan.sequences)
+            and chooser.only_decodes(plan.sequences)
+        )
+
+    def begin(self, plan: StepPlan, before: "StartedStep | None" = None) -> "StartedStep":
+        """Have a device carry out a plan that only decodes; any other is carried out here and now.
+
+        before: the plan that was begun and not finished, which `plan` can follow.
+
         Raises MemoryPlanError when a device has no room for it, and no other rank waits for this one;
         CommError.
         """
         try:
-            return self._step(plan)
+            return self._begin(plan, before)
         except torch.OutOfMemoryError as error:
             if self._comm.world > 1:
                 raise
@@ -208,7 +227,7 @@ class Runner:
             f" ({reason}): use less --max-num-seqs, --max-batched-tokens or --kv-memory"
         )
 
-    def _step(self, plan: StepPlan) -> StepOutcome:
+    def _begin(self, plan: StepPlan, before: "StartedStep | None") -> "StartedStep":
         model = self._models[plan.model]
         for copy in plan.copies:
             model.ops.copy_block(copy.source, copy.target)
@@ -217,13 +236,15 @@ class Runner:
                 model.sampler.begin(s.slot, s.history)
             if s.pooled and s.start == 0:
                 model.sums[s.slot] = np.zeros(model.hidden_size)
-        if model.chooser is not None and model.chooser.can(plan.sequences):
-            sampled = _choose_on_device(model, model.chooser, plan)
-        else:
-            sampled = self._passes(model, plan)
-        due = [s for s in plan.sequences if s.mean_is_due]
-        means = [(model.sums.pop(s.slot) / s.pooled).astype(np.float32) for s in due]
-        return StepOutcome(sampled, means)
+        chooser = model.chooser
+        if chooser is None or not chooser.can(plan.sequences):
+            return StartedStep(plan, model, self._passes(model, plan))
+        if chooser.only_decodes(plan.sequences):
+            unread = before.slots if before is not None and before.model is model else frozenset()
+            under_way = chooser.begin(plan.sequences, plan.passes, model.last_tokens, unread)
+            return StartedStep(plan, model, under_way=under_way)
+        tokens = chooser(plan.sequences, plan.passes, model.last_tokens, model.sums)
+        return StartedStep(plan, model, _taken(model, plan, tokens))
 
     def _passes(self, model: LoadedModel, plan: StepPlan) -> Sampled:
         sequences = plan.sequences
@@ -254,9 +275,33 @@ class Runner:
         return sum(model.ops.comm_seconds for model in self._models.values())
 
 
-def _choose_on_device(model: LoadedModel, chooser: DeviceChooser, plan: StepPlan) -> Sampled:
-    """All passes of a plan."""
-    tokens = chooser(plan.sequences, plan.passes, model.last_tokens, model.sums)
+@dataclass(frozen=True)
+class StartedStep:
+    """A plan that is carried out, or that a device is carrying out."""
+
+    plan: StepPlan
+    model: LoadedModel
+    sampled: Sampled | None = None
+    under_way: UnderWay | None = None
+
+    @property
+    def slots(self) -> frozenset[int]:
+        """Of the sequences that get tokens."""
+        return frozenset(s.slot for s in self.plan.sequences if s.sampling is not None)
+
+    def finish(self) -> StepOutcome:
+        """Wait for what it makes."""
+        sampled, model = self.sampled, self.model
+        if sampled is None:
+            assert self.under_way is not None, "it is one or the other"
+            sampled = _taken(model, self.plan, self.under_way.read())
+        due = [s for s in self.plan.sequences if s.mean_is_due]
+        means = [(model.sums.pop(s.slot) / s.pooled).astype(np.float32) for s in due]
+        return StepOutcome(sampled, means)
+
+
+def _taken(model: LoadedModel, plan: StepPlan, tokens: Ints) -> Sampled:
+    """Tokens [passes, B] that a device has chosen, remembered for the plans to come."""
     slots = [s.slot for s in plan.sequences if s.sampling is not None]
     model.last_tokens[slots] = tokens[-1]
     return Sampled(tokens=tokens.ravel().tolist(), logprobs=[])

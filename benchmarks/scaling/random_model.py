@@ -78,6 +78,15 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 512,
     },
+    "tiny-gqa": _LLAMA
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
 }
 _SPREAD = 0.02
 """Standard deviation of the weights."""

@@ -11,24 +11,38 @@ from client.zmq_client import Client
 from shared.errors import TpserveError
 from tests.e2e.server import Server
 
-CONFIGURATIONS = [(1, "shm"), (2, "nccl"), (2, "gloo"), (3, "shm")]
 ON_CPU = {"TPSERVE_TEST_DEVICE": "cpu"}
+ON_ONE_GPU = {"TPSERVE_TEST_DEVICE": "cuda:0"}
+EACH_ON_ITS_OWN: dict[str, str] = {}
+CONFIGURATIONS = [
+    pytest.param(1, "shm", ON_CPU, id="shm-1"),
+    pytest.param(2, "nccl", ON_CPU, id="nccl-2"),
+    pytest.param(2, "gloo", ON_CPU, id="gloo-2"),
+    pytest.param(3, "shm", ON_CPU, id="shm-3"),
+    pytest.param(1, "shm", EACH_ON_ITS_OWN, id="gpu-1", marks=pytest.mark.gpu),
+    pytest.param(2, "gloo", ON_ONE_GPU, id="gpu-gloo-2", marks=pytest.mark.gpu),
+    pytest.param(2, "nccl", EACH_ON_ITS_OWN, id="gpu-nccl-2", marks=pytest.mark.gpu),
+]
 
 
-@pytest.fixture(
-    scope="module", params=CONFIGURATIONS, ids=[f"{comm}-{n}" for n, comm in CONFIGURATIONS]
-)
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
 def address(request: pytest.FixtureRequest, story_model: Path) -> Iterator[str]:
-    workers, comm = request.param
+    workers, comm, environment = request.param
+    if environment is not ON_CPU:
+        needed = 1 if environment is ON_ONE_GPU else workers
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs of {needed}")
+    # fp32: the reference's precision, whatever the checkpoint's is.
     flags = ("--workers", str(workers), "--comm", comm, "--model", f"story={story_model}")
-    memory = ("--kv-memory", "64M")
-    with Server(*flags, *memory, "--device", "cuda", env=ON_CPU) as server:
+    precision = ("--dtype", "fp32", "--kv-dtype", "fp32", "--kv-memory", "64M")
+    with Server(*flags, *precision, "--device", "cuda", env=environment) as server:
         yield server.wait_ready()
 
 
 def test_greedy_stories_are_the_reference(address: str, golden: list[dict[str, Any]]) -> None:
     with Client(address) as client:
-        assert client.status().kernels == "torch on cpu"
+        kernels = client.status().kernels
+        assert kernels == "torch on cpu" or (" on " in kernels and torch.cuda.is_available())
         streams = [client.story(case["prompt"], temperature=0, max_tokens=200) for case in golden]
         for stream, case in zip(streams, golden, strict=True):
             assert stream.result().token_ids == case["new_ids"]

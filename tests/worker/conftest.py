@@ -1,12 +1,21 @@
 """What several tests of the worker need."""
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks.scaling.random_model import random_checkpoint
 from tests.worker import interpreter
 from worker.native.api import native_library
 
 if interpreter.INTERPRETED:
     interpreter.repair()
+
+
+@pytest.fixture(scope="session")
+def tiny_gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights, for which nothing is needed beside the project."""
+    return random_checkpoint("tiny-gqa", tmp_path_factory.mktemp("tiny-gqa"))
 
 
 @pytest.fixture(params=["torch", "native"])

@@ -4,7 +4,6 @@ On a GPU, and on the CPU in Triton's interpreter (tests/triton.sh).
 """
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from worker.runner import Runner
 
 BLOCKS = 8
 """Of each sequence."""
-PROMPT = [1, *range(50, 58)]
+PROMPT = [1, *range(50, 67)]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -72,28 +71,26 @@ def logits_after(
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_batches_chunks_and_workers_change_no_bit(
-    dtype: Precision, device: torch.device, make_checkpoint: Callable[..., Path]
+    dtype: Precision, device: torch.device, tiny_gqa: Path
 ) -> None:
-    folder = make_checkpoint("tiny-gqa")
 
     def logits(world: int, *steps: Batch) -> Floats:
-        return logits_after(folder, device, dtype, world, list(steps))
+        return logits_after(tiny_gqa, device, dtype, world, list(steps))
 
     whole = logits(1, [(0, 0, PROMPT)])
-    head, middle, tail = PROMPT[:3], PROMPT[3:8], PROMPT[8:]
-    chunked = logits(1, [(2, 0, head)], [(2, 3, middle)], [(2, 8, tail)])
+    head, middle, tail = PROMPT[:7], PROMPT[7:17], PROMPT[17:]
+    chunked = logits(1, [(2, 0, head)], [(2, 7, middle)], [(2, 17, tail)])
     beside = logits(1, [(1, 0, [1, 7])], [(0, 0, PROMPT), (1, 2, [4]), (3, 0, [1, 5, 9])])
     assert np.array_equal(chunked, whole)
     assert np.array_equal(beside, whole)
     assert np.array_equal(logits(2, [(0, 0, PROMPT)]), whole)
-    assert np.array_equal(logits(3, [(0, 0, head)], [(0, 3, PROMPT[3:])]), whole)
+    assert np.array_equal(logits(3, [(0, 0, head)], [(0, 7, PROMPT[7:])]), whole)
     assert not np.array_equal(logits(1, [(0, 0, [5, *PROMPT[1:]])]), whole)
 
 
-def test_they_compute_the_model(device: torch.device, make_checkpoint: Callable[..., Path]) -> None:
-    folder = make_checkpoint("tiny-gqa")
-    ours = logits_after(folder, device, "fp32", 1, [[(0, 0, PROMPT)]])
-    theirs = logits_of(folder, 1, [PROMPT], "torch", max_model_len=128)[0]
+def test_they_compute_the_model(device: torch.device, tiny_gqa: Path) -> None:
+    ours = logits_after(tiny_gqa, device, "fp32", 1, [[(0, 0, PROMPT)]])
+    theirs = logits_of(tiny_gqa, 1, [PROMPT], "torch", max_model_len=128)[0]
     assert relative(ours, theirs) < 1e-4
 
 

@@ -1,11 +1,13 @@
-"""Plans carried out on the device from the plan's tokens to the chosen ones, which are read once.
+"""Plans carried out on the device from the plan's tokens to the chosen ones, which are read once, and
+may be read after the next plan has been begun.
 
 A pass in which all sequences decode works on tensors that stay where they are: it reads its input from
 them and leaves there the input of the next pass, so a plan's passes follow each other without the
 host, and a pass of a certain size can be captured in a CUDA graph.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,6 +37,39 @@ _LEAST_BLOCKS = 8
 _SLOT, _POSITION, _LAST, _DRAWS = range(4)
 """Columns of a row's integers; behind those of its draws is its block table."""
 _TABLE = _DRAWS + INTEGERS
+_AS_IT_IS = -2
+"""For a row's last token: the device has it, from a plan that was not read yet."""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A plan that the device may still be computing."""
+
+    count: int
+    """Sequences."""
+    tokens: torch.Tensor
+    """[passes, rows] int64, in the host's memory, for the first `count` rows."""
+    done: torch.cuda.Event | None
+    """None: the device was waited for."""
+
+    def read(self) -> Ints:
+        """Wait, and get its tokens [passes, count], or NOT_FINITE. To be read before the plan after next begins."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens: Ints = self.tokens[:, : self.count].numpy().copy()
+        return tokens
+
+
+class _HostSide:
+    """Where a plan's input and tokens lie in the host's memory; on a GPU pinned, for copies that nobody waits for."""
+
+    def __init__(self, rows: int, width: int, pinned: bool) -> None:
+        def zeros(size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, pin_memory=pinned)
+
+        self.integers = zeros((rows, width), torch.int64)
+        self.numbers = zeros((rows, NUMBERS), torch.float64)
+        self.chosen = zeros((MOST_PASSES, rows), torch.int64)
 
 
 def padded_batch(rows: int) -> int:
@@ -78,6 +113,9 @@ class DeviceChooser:
         self._last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._chosen = torch.zeros((MOST_PASSES, rows), dtype=torch.int64, device=device)
         self._passed = torch.zeros(1, dtype=torch.int64, device=device)
+        # Two, in turns: one plan may be under way while the next is begun.
+        pinned = device.type == "cuda"
+        self._host_sides = [_HostSide(rows, len(padding), pinned) for _ in range(2)]
 
     def can(self, sequences: Sequence[SequenceStep]) -> bool:
         """Whether it knows how to choose for these; the others are the sampler's."""
@@ -99,8 +137,8 @@ class DeviceChooser:
         last_tokens and sums as for `Ops.run`. Several passes: all sequences decode, want a token, and
         go on from the tokens of the pass before.
         """
-        if all(s.sampling is not None and not s.tokens for s in sequences):
-            return self._decode(sequences, passes, last_tokens)
+        if self.only_decodes(sequences):
+            return self.begin(sequences, passes, last_tokens).read()
         logits = self._ops.forward(self._ops.prepared(sequences, last_tokens, sums))
         sampled = [s for s in sequences if s.sampling is not None]
         if not sampled:
@@ -118,31 +156,63 @@ class DeviceChooser:
         tokens: Ints = chosen[None].numpy(force=True)
         return tokens
 
-    def _decode(self, sequences: Sequence[SequenceStep], passes: int, last_tokens: Ints) -> Ints:
+    @staticmethod
+    def only_decodes(sequences: Sequence[SequenceStep]) -> bool:
+        """Whether all sequences go on from their last tokens and want one: those can be begun."""
+        return all(s.sampling is not None and not s.tokens for s in sequences)
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        sequences: Sequence[SequenceStep],
+        passes: int,
+        last_tokens: Ints,
+        unread: Set[int] = frozenset(),
+    ) -> UnderWay:
+        """Have the device carry out a plan that only decodes. Raises CommError.
+
+        unread: slots whose last tokens are those of the plan before, which nobody has read yet.
+        """
         count, batch = len(sequences), padded_batch(len(sequences))
         furthest = max(s.start for s in sequences) + passes
         blocks = padded_blocks(-(-furthest // BLOCK_TOKENS))
         manner = manner_of([s.sampling for s in sequences if s.sampling is not None])
-        self._fill(sequences, batch, last_tokens)
+        self._host_sides.reverse()
+        host = self._host_sides[0]
+        self._fill(host, sequences, batch, last_tokens, unread)
         for _ in range(passes):
             self._graphs.run((batch, blocks, manner), lambda: self._pass(batch, blocks, manner))
-        tokens: Ints = self._chosen[:passes, :count].numpy(force=True)
-        return tokens
+        host.chosen[:passes].copy_(self._chosen[:passes], non_blocking=True)
+        done = None
+        if self._ops.device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return UnderWay(count, host.chosen[:passes], done)
 
-    def _fill(self, sequences: Sequence[SequenceStep], batch: int, last_tokens: Ints) -> None:
+    def _fill(
+        self,
+        host: _HostSide,
+        sequences: Sequence[SequenceStep],
+        batch: int,
+        last_tokens: Ints,
+        unread: Set[int],
+    ) -> None:
         """The input of the first pass. All of it in two copies."""
-        integers = np.tile(self._padding, (batch, 1))
-        numbers = np.ones((batch, NUMBERS))
+        integers, numbers = host.integers[:batch].numpy(), host.numbers[:batch].numpy()
+        integers[:], numbers[:] = self._padding, 1
         for row, of_row, s in zip(integers, numbers, sequences, strict=False):
             assert s.sampling is not None, "sequences that decode want a token"
             row[_DRAWS:_TABLE], of_row[:] = pack(s.sampling)
-            row[_SLOT], row[_POSITION], row[_LAST] = s.slot, s.start, last_tokens[s.slot]
+            last = _AS_IT_IS if s.slot in unread else last_tokens[s.slot]
+            row[_SLOT], row[_POSITION], row[_LAST] = s.slot, s.start, last
             table = np.frombuffer(s.blocks, dtype="<i4")[: len(row) - _TABLE]
             row[_TABLE : _TABLE + len(table)] = table
-        self._integers[:batch].copy_(torch.from_numpy(integers))
-        self._numbers[:batch].copy_(torch.from_numpy(numbers))
+        self._integers[:batch].copy_(host.integers[:batch], non_blocking=True)
+        self._numbers[:batch].copy_(host.numbers[:batch], non_blocking=True)
         rows = self._integers[:batch]
-        self._last_tokens.index_copy_(0, rows[:, _SLOT], rows[:, _LAST])
+        slots, last = rows[:, _SLOT], rows[:, _LAST]
+        last = torch.where(last == _AS_IT_IS, self._last_tokens[slots], last)
+        self._last_tokens.index_copy_(0, slots, last)
         self._passed.zero_()
 
     def _pass(self, batch: int, blocks: int, manner: Manner) -> None:

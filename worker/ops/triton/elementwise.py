@@ -143,7 +143,7 @@ def rotate_and_store_kernel(
 ):
     """One head of one token: a query's, a key's or a value's. Only the masks differ."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times the size of a head's cache
     half: tl.constexpr = head_dim // 2
     at = tl.arange(0, half_block)
     inside = at < half
