@@ -204,6 +204,7 @@ def test_unknown_paths_and_methods_get_openais_error_shape(http: httpx.Client) -
     wrong = http.get("/v1/chat/completions")
     assert wrong.status_code == 405
     assert "POST" in wrong.json()["error"]["message"]
+    assert wrong.headers["allow"] == "POST"
 
 
 def test_a_request_id_is_taken_over_made_up_or_refused(http: httpx.Client) -> None:
