@@ -223,3 +223,11 @@ def test_the_longest_request_id_reaches_the_coordinator(http: httpx.Client) -> N
     for _ in range(2):
         assert http.post("/v1/completions", json=STORY, headers=headers).status_code == 200
     assert http.get("/api/models", headers=headers).status_code == 200
+
+
+def test_who_asks_for_another_protocol_is_answered_in_this_one(http: httpx.Client) -> None:
+    """Java's client does so with every first request."""
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMA"}
+    answer = http.post("/v1/completions", json=STORY, headers=headers)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 3
