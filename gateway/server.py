@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.errors import error_body
 from gateway.settings import HttpSettings
-from shared.errors import QueueFullError
+from shared.errors import InvalidRequestError, QueueFullError, TpserveError
 from shared.http_address import HttpAddress
 
 MAX_HEADER_BYTES = 16 << 10
@@ -63,7 +64,7 @@ def connection_class(settings: HttpSettings) -> type[H11Protocol]:
             self._header_timer: asyncio.TimerHandle | None = None
             self._expect_headers()
             if len(self.connections) > settings.max_connections:
-                transport.write(_too_many(settings.max_connections))
+                transport.write(_refusal(_too_many(settings.max_connections)))
                 transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -81,6 +82,19 @@ def connection_class(settings: HttpSettings) -> type[H11Protocol]:
                 self._have_headers()
             elif served is not None and served.response_complete:
                 self._expect_headers()
+
+        def send_400_response(self, msg: str) -> None:
+            """Refuse what is not HTTP, in the shape of other errors, and end the connection."""
+            served = self.cycle
+            if served is None or not served.response_started or served.response_complete:
+                self.transport.write(_refusal(InvalidRequestError(msg)))
+            self.transport.close()
+            if served is not None:  # what it still has to say can no longer be sent
+                served.disconnected = True
+                served.message_event.set()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Who asks for another protocol is answered in this one, which is no news for the log."""
 
         def timeout_keep_alive_handler(self) -> None:
             """It was idle for too long."""
@@ -124,11 +138,17 @@ def make_server(app: ASGIApp, settings: HttpSettings, address: HttpAddress) -> S
     return Server(config, address)
 
 
-def _too_many(limit: int) -> bytes:
-    error = QueueFullError(f"{limit} connections are open, which is the limit: try again later")
+def _too_many(limit: int) -> TpserveError:
+    return QueueFullError(f"{limit} connections are open, which is the limit: try again later")
+
+
+def _refusal(error: TpserveError) -> bytes:
+    """An answer that ends the connection before there is a request to pass on."""
     body = msgspec.json.encode(error_body(error))
+    status = HTTPStatus(error.http_status)
+    retry = "Retry-After: 1\r\n" if isinstance(error, QueueFullError) else ""
     head = (
-        "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+        f"HTTP/1.1 {status} {status.phrase}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n"
     )
     return head.encode() + body
