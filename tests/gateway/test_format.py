@@ -231,3 +231,10 @@ def test_who_asks_for_another_protocol_is_answered_in_this_one(http: httpx.Clien
     answer = http.post("/v1/completions", json=STORY, headers=headers)
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 3
+
+
+def test_a_penalty_that_no_logit_survives_is_refused(http: httpx.Client) -> None:
+    assert http.post("/v1/completions", json={**STORY, "repetition_penalty": 0.01}).is_success
+    refused = http.post("/v1/completions", json={**STORY, "repetition_penalty": 5e-324})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "repetition_penalty"
