@@ -77,12 +77,18 @@ def chat_request(
     messages: Sequence[Message | Mapping[str, str]],
     options: SamplingOptions,
     request_id: str | None,
+    continue_last: bool = False,
     **fields: Unpack[JobOptions],
 ) -> Generate:
     """Answer `messages`, each a Message or a mapping with `role` and `content`."""
-    turns = as_messages(messages)
-    params = SamplingParams(**options)
-    return Generate(id=request_id or new_id(), kind="chat", messages=turns, params=params, **fields)
+    return Generate(
+        id=request_id or new_id(),
+        kind="chat",
+        messages=as_messages(messages),
+        params=SamplingParams(**options),
+        continue_last=continue_last,
+        **fields,
+    )
 
 
 def tokenize_request(

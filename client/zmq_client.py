@@ -99,12 +99,22 @@ class _BaseClient(ABC, Generic[C, S]):
         model: str | None = None,
         stream: bool = True,
         priority: int = 0,
+        continue_last: bool = False,
         request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> S:
-        """Answer a conversation. Without `stream` the text comes in one piece, at the end."""
+        """Answer a conversation. Without `stream` the text comes in one piece, at the end.
+
+        continue_last: the last message is the assistant's, and the answer goes on from it.
+        """
         request = chat_request(
-            messages, options, request_id, model=model, stream=stream, priority=priority
+            messages,
+            options,
+            request_id,
+            continue_last,
+            model=model,
+            stream=stream,
+            priority=priority,
         )
         return self.start(request)
 

@@ -91,7 +91,9 @@ async def _tell_http(request: Request, error: Exception) -> Response:
         return error_response(NoRouteError(f"there is no {method} {path}: see docs/http.md"))
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another one")
-        return error_response(MethodError(f"{path} does not take {method}, but {allowed}"))
+        answer = error_response(MethodError(f"{path} does not take {method}, but {allowed}"))
+        answer.headers.update(error.headers or {})
+        return answer
     return error_response(InvalidRequestError(str(error.detail)))
 
 

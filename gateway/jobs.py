@@ -32,6 +32,7 @@ def start_jobs(client: AsyncClient, wanted: Generation, request_id: str) -> list
                     model=wanted.model,
                     stream=wanted.stream,
                     priority=wanted.priority,
+                    continue_last=wanted.continue_last,
                     request_id=job_id,
                     **wanted.options,
                 )

@@ -17,8 +17,9 @@ class Shape(ABC):
     whole: str
     chunk: str
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, *, logprobs: bool, token_ids: bool) -> None:
         self._id = f"{self.prefix}-{request_id}"
+        self._logprobs, self._token_ids = logprobs, token_ids
         self._created = int(time.time())
 
     def answer(self, model: str, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
@@ -31,19 +32,21 @@ class Shape(ABC):
                     **self._whole_text(choice),
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
+                    **({"token_ids": choice.token_ids} if self._token_ids else {}),
                 }
                 for choice in choices
             ],
             "usage": usage_body(usage),
         }
 
-    def piece(
-        self, model: str, index: int, text: str, logprobs: list[TokenLogprob]
-    ) -> dict[str, Any] | None:
-        """A chunk with new text of a choice; None when there is nothing to tell."""
-        delta = self._delta(index, text, logprobs)
+    def piece(self, model: str, index: int, token: Token) -> dict[str, Any] | None:
+        """A chunk with what is new of a choice; None when there is nothing to tell."""
+        told = bool(token.text or token.logprobs or self._token_ids)
+        delta = self._delta(index, token.text, token.logprobs, told)
         if delta is None:
             return None
+        if self._token_ids:
+            delta["token_ids"] = token.token_ids
         return self._chunk(model, {"index": index, **delta, "finish_reason": None})
 
     def last_piece(self, model: str, index: int, end: Choice | Token) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class Shape(ABC):
 
     @abstractmethod
     def _delta(
-        self, index: int, text: str, logprobs: list[TokenLogprob]
+        self, index: int, text: str, logprobs: list[TokenLogprob], told: bool
     ) -> dict[str, Any] | None: ...
 
     @abstractmethod
@@ -85,9 +88,8 @@ class ChatShape(Shape):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request_id: str, logprobs: bool) -> None:
-        super().__init__(request_id)
-        self._logprobs = logprobs
+    def __init__(self, request_id: str, *, logprobs: bool, token_ids: bool) -> None:
+        super().__init__(request_id, logprobs=logprobs, token_ids=token_ids)
         self._introduced: set[int] = set()
         """Choices whose role has been told."""
 
@@ -97,8 +99,10 @@ class ChatShape(Shape):
             "logprobs": self._details(choice.logprobs),
         }
 
-    def _delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
-        if not text and not logprobs and index in self._introduced:
+    def _delta(
+        self, index: int, text: str, logprobs: list[TokenLogprob], told: bool
+    ) -> dict[str, Any] | None:
+        if not told and index in self._introduced:
             return None
         delta = {**self._role(index), "content": text}
         return {"delta": delta, "logprobs": self._details(logprobs)}
@@ -130,17 +134,18 @@ class CompletionShape(Shape):
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, request_id: str, logprobs: bool) -> None:
-        super().__init__(request_id)
-        self._logprobs = logprobs
+    def __init__(self, request_id: str, *, logprobs: bool, token_ids: bool) -> None:
+        super().__init__(request_id, logprobs=logprobs, token_ids=token_ids)
         self._offsets: dict[int, int] = {}
         """Characters of the texts of the tokens that have been told, by choice."""
 
     def _whole_text(self, choice: Choice) -> dict[str, Any]:
         return {"text": choice.text, "logprobs": self._details(choice.index, choice.logprobs)}
 
-    def _delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
-        if not text and not logprobs:
+    def _delta(
+        self, index: int, text: str, logprobs: list[TokenLogprob], told: bool
+    ) -> dict[str, Any] | None:
+        if not told:
             return None
         return {"text": text, "logprobs": self._details(index, logprobs)}
 

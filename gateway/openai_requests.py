@@ -29,6 +29,7 @@ _ROLES: Mapping[str, Role] = {
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
+    "cache_prompt": (True,),
     "function_call": ("none",),
     "functions": ([],),
     "metadata": ({},),
@@ -66,6 +67,7 @@ class _Common(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=256)] | None = None
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    return_token_ids: bool = False
 
 
 class ChatBody(_Common, frozen=True, kw_only=True):
@@ -75,6 +77,7 @@ class ChatBody(_Common, frozen=True, kw_only=True):
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    continue_final_message: bool = False
 
 
 class CompletionBody(_Common, frozen=True, kw_only=True):
@@ -99,6 +102,9 @@ class Generation(Struct, frozen=True, kw_only=True):
     user: str | None
     """Whom the request is for, as the client says; goes to the log."""
     priority: int
+    continue_last: bool
+    """The last message is the beginning of the answer."""
+    return_token_ids: bool
 
 
 def chat_generation(body: dict[str, Any]) -> Generation:
@@ -116,7 +122,15 @@ def chat_generation(body: dict[str, Any]) -> Generation:
         raise ParameterError("top_logprobs", "top_logprobs needs logprobs: true")
     if given.logprobs:
         sampling["logprobs"] = given.top_logprobs or 0
-    return _generation(given, sampling, messages=chat_messages(given.messages))
+    messages = chat_messages(given.messages)
+    goes_on = given.continue_final_message
+    if goes_on and messages[-1].role != "assistant":
+        raise ParameterError(
+            "continue_final_message",
+            f"continue_final_message is true, but the last message is of the {messages[-1].role}: "
+            "end with one of the assistant",
+        )
+    return _generation(given, sampling, messages=messages, continue_last=goes_on)
 
 
 def chat_messages(items: Sequence[Any]) -> list[Message]:
@@ -152,6 +166,7 @@ def _generation(
     sampling: dict[str, Any],
     messages: list[Message] | None = None,
     prompts: list[str] | None = None,
+    continue_last: bool = False,
 ) -> Generation:
     if given.stream_options is not None and not given.stream:
         raise ParameterError("stream_options", "stream_options needs stream: true")
@@ -173,6 +188,8 @@ def _generation(
         include_usage=given.stream_options is not None and given.stream_options.include_usage,
         user=given.user,
         priority=given.priority,
+        continue_last=continue_last,
+        return_token_ids=given.return_token_ids,
     )
 
 

@@ -47,7 +47,7 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         wanted = chat_generation(
             await read_object(request, limits.max_body_bytes, limits.body_timeout)
         )
-        shape = ChatShape(request_id(request), wanted.options.get("logprobs") is not None)
+        shape = _shape(ChatShape, request, wanted)
         return await _generate(gateway, request, wanted, shape)
 
     @router.post(
@@ -64,7 +64,7 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         wanted = completion_generation(
             await read_object(request, limits.max_body_bytes, limits.body_timeout)
         )
-        shape = CompletionShape(request_id(request), wanted.options.get("logprobs") is not None)
+        shape = _shape(CompletionShape, request, wanted)
         return await _generate(gateway, request, wanted, shape)
 
     @router.get("/models", **operation("The models that take jobs", answer=ModelList))
@@ -138,7 +138,7 @@ async def _chunks(
                     note(request, model=model)
                 case Token():
                     index = job * wanted.n + event.index
-                    piece = shape.piece(model, index, event.text, event.logprobs)
+                    piece = shape.piece(model, index, event)
                     if piece is not None:
                         yield data({**piece, **no_usage})
                     if event.finish_reason is not None:
@@ -154,6 +154,14 @@ async def _chunks(
     if wanted.include_usage:
         yield data(shape.usage_piece(model, _total(usages)))
     yield DONE
+
+
+def _shape(kind: type[Shape], request: Request, wanted: Generation) -> Shape:
+    return kind(
+        request_id(request),
+        logprobs=wanted.options.get("logprobs") is not None,
+        token_ids=wanted.return_token_ids,
+    )
 
 
 def _choices(job: int, end: Done, wanted: Generation) -> list[Choice]:

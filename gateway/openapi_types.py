@@ -7,7 +7,7 @@ which are written in pieces, stand here, and a test compares them with what come
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from gateway.openai_requests import ChatBody, CompletionBody
 from gateway.openapi import trimmed
@@ -92,6 +92,7 @@ class ChatChoice(Struct, frozen=True):
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, frozen=True):
@@ -113,6 +114,7 @@ class CompletionChoice(Struct, frozen=True):
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct, frozen=True):

@@ -61,7 +61,7 @@ class SamplingParams(
     """Leave out tokens less probable than min_p times the most probable one."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     """Same request and seed, same tokens. None: a random one."""
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     """Divides positive and multiplies negative logits of tokens in the prompt or the answer."""
     presence_penalty: Penalty = 0.0
     """Taken off the logits of tokens that the answer already has."""

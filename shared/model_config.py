@@ -135,7 +135,7 @@ class _RawGenerationConfig(Struct, kw_only=True):
     top_k: Annotated[int, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
 
 
 class GenerationDefaults(Struct, frozen=True, kw_only=True):

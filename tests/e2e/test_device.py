@@ -15,13 +15,13 @@ ON_CPU = {"TPSERVE_TEST_DEVICE": "cpu"}
 ON_ONE_GPU = {"TPSERVE_TEST_DEVICE": "cuda:0"}
 EACH_ON_ITS_OWN: dict[str, str] = {}
 CONFIGURATIONS = [
-    pytest.param(1, "shm", ON_CPU, id="shm-1"),
-    pytest.param(2, "nccl", ON_CPU, id="nccl-2"),
-    pytest.param(2, "gloo", ON_CPU, id="gloo-2"),
-    pytest.param(3, "shm", ON_CPU, id="shm-3"),
-    pytest.param(1, "shm", EACH_ON_ITS_OWN, id="gpu-1", marks=pytest.mark.gpu),
-    pytest.param(2, "gloo", ON_ONE_GPU, id="gpu-gloo-2", marks=pytest.mark.gpu),
-    pytest.param(2, "nccl", EACH_ON_ITS_OWN, id="gpu-nccl-2", marks=pytest.mark.gpu),
+    pytest.param((1, "shm", ON_CPU), id="shm-1"),
+    pytest.param((2, "nccl", ON_CPU), id="nccl-2"),
+    pytest.param((2, "gloo", ON_CPU), id="gloo-2"),
+    pytest.param((3, "shm", ON_CPU), id="shm-3"),
+    pytest.param((1, "shm", EACH_ON_ITS_OWN), id="gpu-1", marks=pytest.mark.gpu),
+    pytest.param((2, "gloo", ON_ONE_GPU), id="gpu-gloo-2", marks=pytest.mark.gpu),
+    pytest.param((2, "nccl", EACH_ON_ITS_OWN), id="gpu-nccl-2", marks=pytest.mark.gpu),
 ]
 
 
@@ -102,11 +102,13 @@ def test_out_of_memory_in_a_step_ends_its_jobs_and_nothing_else(
         assert client.status().epoch == 1
 
 
-def test_out_of_memory_among_several_ranks_is_an_error_of_the_jobs_too(story_model: Path) -> None:
+def test_out_of_memory_among_several_ranks_is_an_error_of_the_job_that_wants_it(
+    story_model: Path,
+) -> None:
     environment = {**ON_CPU, "TPSERVE_TEST_DEVICE_ROOM": "100"}
     flags = ("--model", f"story={story_model}", "--device", "cuda", "--workers", "2")
     with Server(*flags, "--kv-memory", "64M", env=environment) as server:
         client = Client(server.wait_ready())
         with client, pytest.raises(TpserveError, match="TPSERVE_TEST_DEVICE_ROOM is 100") as caught:
             client.story("word " * 150, temperature=0, max_tokens=4).result()
-        assert caught.value.code == "out_of_memory"
+        assert caught.value.code == "job_kills_workers"

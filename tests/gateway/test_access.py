@@ -159,6 +159,30 @@ def test_headers_that_are_too_long_or_too_slow_end_the_connection(locked: Gatewa
     assert time.monotonic() - started > 0.8
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_refused_in_the_shape_of_all_errors(
+    locked: GatewayProcess, request_bytes: bytes
+) -> None:
+    with raw(locked, request_bytes) as connection:
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request")
+    assert json.loads(body)["error"]["code"] == "invalid_value"
+    with locked.http() as http:  # so that what there is to log of the other has been logged
+        assert http.get("/health/live").status_code == 200
+    assert not any("traceback" in line.lower() for line in list(locked.log))
+
+
 def test_a_body_that_does_not_come_is_given_up(locked: GatewayProcess) -> None:
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"

@@ -204,6 +204,7 @@ def test_unknown_paths_and_methods_get_openais_error_shape(http: httpx.Client) -
     wrong = http.get("/v1/chat/completions")
     assert wrong.status_code == 405
     assert "POST" in wrong.json()["error"]["message"]
+    assert wrong.headers["allow"] == "POST"
 
 
 def test_a_request_id_is_taken_over_made_up_or_refused(http: httpx.Client) -> None:
@@ -222,3 +223,18 @@ def test_the_longest_request_id_reaches_the_coordinator(http: httpx.Client) -> N
     for _ in range(2):
         assert http.post("/v1/completions", json=STORY, headers=headers).status_code == 200
     assert http.get("/api/models", headers=headers).status_code == 200
+
+
+def test_who_asks_for_another_protocol_is_answered_in_this_one(http: httpx.Client) -> None:
+    """Java's client does so with every first request."""
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMA"}
+    answer = http.post("/v1/completions", json=STORY, headers=headers)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 3
+
+
+def test_a_penalty_that_no_logit_survives_is_refused(http: httpx.Client) -> None:
+    assert http.post("/v1/completions", json={**STORY, "repetition_penalty": 0.01}).is_success
+    refused = http.post("/v1/completions", json={**STORY, "repetition_penalty": 5e-324})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "repetition_penalty"

@@ -137,6 +137,50 @@ def test_a_choice_that_ends_early_says_so_while_the_others_go_on(openai: OpenAI)
     assert not [event for event in events[ends[1] + 1 :] if event[0] == 1]
 
 
+def test_token_ids_come_whole_and_streamed_to_who_asks_for_them(openai: OpenAI) -> None:
+    asked = {"return_token_ids": True}
+    whole = openai.completions.create(
+        model="story", prompt=ONCE, temperature=0, max_tokens=12, extra_body=asked
+    )
+    expected = whole.choices[0].model_dump()["token_ids"]
+    assert len(expected) == 12
+    streamed: list[int] = []
+    for chunk in openai.completions.create(
+        model="story", prompt=ONCE, temperature=0, max_tokens=12, stream=True, extra_body=asked
+    ):
+        streamed += chunk.choices[0].model_dump().get("token_ids", [])
+    assert streamed == expected
+    plain = openai.completions.create(model="story", prompt=ONCE, max_tokens=1)
+    assert "token_ids" not in plain.choices[0].model_dump()
+
+
+def test_an_answer_that_was_begun_is_continued(openai: OpenAI, address: str) -> None:
+    messages = [
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Hello, my"},
+    ]
+    got = openai.chat.completions.create(
+        model="chat",
+        messages=messages,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=8,
+        extra_body={"continue_final_message": True},
+    )
+    with Client(address) as client:
+        stream = client.chat(
+            messages, model="chat", temperature=0, max_tokens=8, continue_last=True
+        )
+        anew = client.chat(messages[:1], model="chat", temperature=0, max_tokens=8)
+        assert got.choices[0].message.content == stream.result().text != anew.result().text
+    with pytest.raises(sdk.BadRequestError) as refused:
+        openai.chat.completions.create(
+            model="chat",
+            messages=messages[:1],  # type: ignore[arg-type]
+            extra_body={"continue_final_message": True},
+        )
+    assert refused.value.param == "continue_final_message"
+
+
 def test_a_seed_makes_two_chat_choices_repeatable(openai: OpenAI) -> None:
     first, second = (
         openai.chat.completions.create(

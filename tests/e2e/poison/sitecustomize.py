@@ -26,9 +26,9 @@ class _Poisoned(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         seed, position, rank, how = os.environ["TPSERVE_TEST_POISON"].split(",")
-        step = module.Runner.step
+        begin = module.Runner.begin
 
-        def poisoned(self: Any, plan: Any) -> Any:
+        def poisoned(self: Any, plan: Any, before: Any = None) -> Any:
             for s in plan.sequences:
                 reached = s.start + max(1, len(s.tokens)) + plan.passes - 1
                 if (
@@ -38,9 +38,9 @@ class _Poisoned(importlib.abc.Loader):
                     and self._comm.rank == int(rank)
                 ):
                     _end(how)
-            return step(self, plan)
+            return begin(self, plan, before)
 
-        module.Runner.step = poisoned
+        module.Runner.begin = poisoned
 
 
 def _end(how: str) -> None:
