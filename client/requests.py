@@ -39,6 +39,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: list[int]
     min_tokens: int
     ignore_eos: bool
+    cache_prompt: bool
     n: int
     logprobs: int | None
     echo: bool

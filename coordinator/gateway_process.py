@@ -26,7 +26,7 @@ from shared.http_address import (
     listen_http,
     parse_http_address,
 )
-from shared.processes import describe_exit
+from shared.processes import GIVES_MEMORY_BACK, describe_exit
 
 log = logging.getLogger("coordinator.gateway_process")
 
@@ -82,6 +82,7 @@ class GatewayProcess:
                     return
                 self._process = subprocess.Popen(
                     self._command,
+                    env={**GIVES_MEMORY_BACK, **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # its one line is the coordinator's to print
                     pass_fds=(self._listener.fileno(),),

@@ -129,6 +129,8 @@ def prepare(client: bytes, request: Generate, model: ServedModel) -> Job:
         sequence = new_sequence(model, tokens, max_new, job.key)
         sequence.index = index
         sequence.leader = job.sequences[0] if index else None
+        if not params.cache_prompt:
+            sequence.root_digest = secrets.token_bytes(16)  # of nobody else's blocks
         sequence.min_new_tokens = params.min_tokens
         sequence.stop_strings = StopStrings(params.stop) if params.stop else None
         ends = () if params.ignore_eos else model.config.eos_ids

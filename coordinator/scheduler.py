@@ -302,6 +302,7 @@ class Scheduler:
             if sequence.fresh_in_slot and sequence.sampling.penalises
             else None,
             pooled=len(sequence.tokens) if sequence.pooled else 0,
+            request=sequence.job_key[1] if sequence.fresh_in_slot else "",
         )
         sequence.fresh_in_slot = False
         sequence.computed = end + passes - 1

@@ -7,7 +7,6 @@ import sys
 
 from gateway.app import build_app
 from gateway.logs import set_up_logs
-from gateway.memory import use_glibc_allocator
 from gateway.server import make_server
 from gateway.settings import argument_parser, checked_keys, load_settings
 from shared.errors import ConfigError
@@ -19,7 +18,6 @@ EXIT_USAGE = 2
 
 def main() -> int:
     """Entry of the gateway process; the exit code."""
-    use_glibc_allocator(os.environ)
     flags = argument_parser().parse_args()
     if "parent" in flags:
         die_with(flags.parent)

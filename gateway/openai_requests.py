@@ -29,7 +29,6 @@ _ROLES: Mapping[str, Role] = {
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "cache_prompt": (True,),
     "function_call": ("none",),
     "functions": ([],),
     "metadata": ({},),

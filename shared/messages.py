@@ -79,6 +79,8 @@ class SamplingParams(
     """No end before so many new tokens."""
     ignore_eos: bool = False
     """Go on after the model's own end-of-text token."""
+    cache_prompt: bool = True
+    """False: no part of the prompt is taken from what other requests left in the KV cache, nor left there."""
     n: Annotated[int, Meta(ge=1, le=64)] = 1
     """Answers to the same prompt; with a seed, answer i uses seed + i."""
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None

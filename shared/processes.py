@@ -5,6 +5,9 @@ import os
 import signal
 import sys
 
+GIVES_MEMORY_BACK = {"PYTHONMALLOC": "malloc"}
+"""Environment of a Python process that can: Python chooses its allocator before it runs any code."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -131,6 +131,8 @@ class SequenceStep(Struct, frozen=True, array_like=True):
     pooled: int = 0
     """Tokens of the whole text if the mean of its hidden states is wanted, which comes with its last
     chunk; such a sequence begins at position 0 and samples nothing. 0: it is not."""
+    request: str = ""
+    """Of a client, by its id: for the worker's log. Given with the first step of a sequence in its slot."""
 
     @property
     def mean_is_due(self) -> bool:

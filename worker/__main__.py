@@ -64,6 +64,8 @@ class Worker:
         self._loading: Loading | None = None
         self._begun: StartedStep | None = None
         """A plan that a device carries out, and that is to be reported."""
+        self._requests: dict[tuple[str, int], str] = {}
+        """Ids of the requests in the slots of each model."""
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._compute_s = self._comm_s = self._told_at = 0.0
@@ -90,7 +92,7 @@ class Worker:
                 self._send(self._obey(order))
             except TpserveError as error:
                 fatal = isinstance(error, CommError)
-                log.error("%s: %s", _name(order), error)
+                log.error("%s: %s", self._name(order), error)
                 # A KV cache that cannot be had is a model that cannot be loaded.
                 model = order.model if isinstance(order, AllocateKV) else ""
                 self._fail(error.code, error.message, fatal, model)
@@ -98,7 +100,7 @@ class Worker:
                     return
             except (RuntimeError, MemoryError) as error:
                 # What torch raises when memory runs out; the coordinator tells the user.
-                log.exception("%s", _name(order))
+                log.exception("%s", self._name(order))
                 on_device = isinstance(error, torch.OutOfMemoryError)
                 code = MemoryPlanError.code if on_device else TpserveError.code
                 self._fail(code, f"{type(error).__name__}: {error}", fatal=True)
@@ -174,6 +176,9 @@ class Worker:
 
     def _step(self, plan: StepPlan) -> None:
         """Begin a plan, then report the one before, whose tokens the device has had time for."""
+        for sequence in plan.sequences:
+            if sequence.request:
+                self._requests[plan.model, sequence.slot] = sequence.request
         before, runner = self._begun, self._ready_runner
         if before is not None and not runner.can_follow(plan, before):
             self._finish_step()
@@ -183,7 +188,7 @@ class Worker:
             started = runner.begin(plan, before)
         except MemoryPlanError as error:
             self._finish_step()
-            log.error("%s: %s", _name(plan), error)
+            log.error("%s: %s", self._name(plan), error)
             self._send(
                 StepResult(
                     rank=self._rank,
@@ -281,6 +286,17 @@ class Worker:
         if message is not None:
             self._socket.send(encode(message))
 
+    def _name(self, order: ToWorker | None) -> str:
+        """For the log: a step as the coordinator's log calls it, and whose it is."""
+        if order is None:
+            return "the step before"
+        if isinstance(order, StepPlan):
+            requests = dict.fromkeys(self._requests[order.model, s.slot] for s in order.sequences)
+            return (
+                f"epoch {order.epoch}, step {order.step} of {order.model} for {', '.join(requests)}"
+            )
+        return type(order).__name__
+
     def _fail(self, code: str, message: str, fatal: bool, model: str = "") -> None:
         self._send(
             WorkerFailed(
@@ -292,15 +308,6 @@ class Worker:
                 model=model,
             )
         )
-
-
-def _name(order: ToWorker | None) -> str:
-    """What the coordinator's log calls it, too."""
-    if order is None:
-        return "the step before"
-    if isinstance(order, StepPlan):
-        return f"epoch {order.epoch}, step {order.step} of {order.model}"
-    return type(order).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -217,7 +218,9 @@ def test_a_job_that_kills_its_workers_is_given_up_and_its_neighbours_are_as_if_a
         Client(server.wait_ready()) as client,
     ):
         with under_load(server.address):
-            stream = client.story(PROMPT, temperature=1, seed=POISON_SEED, **LONG)
+            stream = client.story(
+                PROMPT, temperature=1, seed=POISON_SEED, request_id="poison", **LONG
+            )
             with pytest.raises(JobKillsWorkersError, match=r"lost during a step of this job"):
                 stream.result()
             wait_again(client, 2)
@@ -225,6 +228,10 @@ def test_a_job_that_kills_its_workers_is_given_up_and_its_neighbours_are_as_if_a
         assert (status.totals.restarts, status.totals.jobs_given_up) == (2, 1)
         if position:
             assert stream.token_ids, "what it had until then was sent"
+        if how == "raise":  # the worker itself could say whose step it was
+            assert any(
+                re.search(r"epoch 2, step \d+ of story for poison$", line) for line in server.log
+            )
 
 
 def test_jobs_that_kill_workers_do_not_bring_the_server_down(

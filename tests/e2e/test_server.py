@@ -73,6 +73,19 @@ def test_the_same_words_asked_twice_are_found_in_the_cache(address: str) -> None
     assert second.usage.cached_tokens >= second.usage.prompt_tokens - 16
 
 
+def test_a_prompt_that_is_not_to_be_cached_is_neither_found_nor_left_there(address: str) -> None:
+    prompt = "There once was a very small boat that sailed over the sea to a far land. " * 4
+    with Client(address) as client:
+        answers = [
+            client.story(prompt, temperature=0, max_tokens=5, cache_prompt=wanted).result()
+            for wanted in (False, True, False, True)
+        ]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+    cached = [answer.usage.cached_tokens for answer in answers]
+    assert cached[:3] == [0, 0, 0]
+    assert cached[3] >= answers[3].usage.prompt_tokens - 16
+
+
 def test_prompt_and_answer_fill_the_context_exactly(address: str) -> None:
     with Client(address) as client:
         length = client.models()[0].max_model_len

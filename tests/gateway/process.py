@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 from openai import DefaultHttpxClient, OpenAI
 
+from shared.processes import GIVES_MEMORY_BACK
 from tests.conftest import PROJECT
 from tests.processes import ServedProcess
 
@@ -18,7 +19,7 @@ class GatewayProcess(ServedProcess):
         http = () if "--http" in arguments else ("--http", "127.0.0.1:0")
         super().__init__(
             [sys.executable, "-P", "-m", "gateway", "--server", server, *http, *arguments],
-            {"PYTHONPATH": str(PROJECT), **(env or {})},
+            {"PYTHONPATH": str(PROJECT), **GIVES_MEMORY_BACK, **(env or {})},
             stop_signal=signal.SIGTERM,  # as a service manager does
         )
         try:
