@@ -147,9 +147,10 @@ class _Sums:
 
 
 class Fleet:
-    """The servers that are up: as many side by side as memory allows, the one used last stays longest.
+    """The servers that are up: as many side by side as memory allows.
 
-    An idle server sleeps, so it takes nothing but memory from the one that is measured.
+    An idle server sleeps, so it takes nothing but memory from the one that is measured. They take turns,
+    so the one that was used last is needed last: it makes room.
     """
 
     def __init__(self, model: Path, tests: list[Test], seed: int) -> None:
@@ -166,7 +167,7 @@ class Fleet:
         trace: TracebackType | None,
     ) -> None:
         while self._running:
-            self._stop_oldest()
+            self._stop_youngest()
 
     def get(self, configuration: Configuration) -> Running:
         """The server of a configuration; it is started if it is not up, others are ended for it."""
@@ -174,13 +175,13 @@ class Fleet:
         if running is None:
             needed = needed_bytes(self._model, configuration, self._tests)
             while self._running and needed > free_bytes() * MEMORY_SHARE:
-                self._stop_oldest()
+                self._stop_youngest()
             running = Running(self._model, configuration, self._tests, self._seed)
         self._running[configuration] = running  # now the youngest
         return running
 
-    def _stop_oldest(self) -> None:
-        self._running.pop(next(iter(self._running))).close()
+    def _stop_youngest(self) -> None:
+        self._running.popitem()[1].close()
 
 
 def needed_bytes(model: Path, configuration: Configuration, tests: list[Test]) -> int:
