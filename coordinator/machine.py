@@ -38,7 +38,7 @@ Comm = Literal["local", "shm", "zmq", "gloo", "nccl"]
 
 ROWS = (1, 8, 32, 128)
 """Rows of activations that a weight is multiplied with."""
-_FORMAT = 1
+_FORMAT = 2
 _COMMAND = (sys.executable, "-P", "-m", "worker.probe")
 _STEPS: Mapping[Comm, int] = {"local": 60, "shm": 60, "zmq": 20, "gloo": 8}
 """Forward passes that are timed."""
@@ -46,9 +46,8 @@ _LEAST_BYTES, _MOST_BYTES = 32 << 20, 192 << 20
 """Of a weight: it must not stay in the cache, and is not to take long."""
 _CACHES = 1.5
 """Times the size of the last cache that it should have."""
-_THREADED: Precision = "bf16"
-_SMALLER = 16
-"""Part of it that is enough where many rows are multiplied: then computing takes the time."""
+_PASSES = 2
+"""Over all precisions, whose mean counts: memory that others use as well is faster now and slower then."""
 _SHARDS = 8
 _DEADLINE_S = 60.0
 _PINGS = 20
@@ -61,6 +60,8 @@ class Multiplying(Struct, frozen=True):
     """One thread, the other cores idle."""
     together: list[float]
     """Each of as many processes of one thread as there are cores."""
+    threaded: list[float]
+    """Each of as many threads of one process."""
 
 
 class Exchanging(Struct, frozen=True):
@@ -82,8 +83,6 @@ class Machine(Struct, frozen=True, kw_only=True):
     multiplying: dict[Precision, Multiplying]
     exchanging: dict[str, Exchanging]
     """By comm and world, such as shm-2."""
-    threads_cost: float
-    """Times as long as processes of one thread do, one process with as many threads takes."""
     message_s: float
     """A message to a worker and its answer."""
 
@@ -114,7 +113,7 @@ BYTES_PER_WEIGHT: Mapping[Precision, float] = {
 
 
 def machine(*, again: bool = False, say: Callable[[str], None] = log.info) -> Machine:
-    """As measured before, or `again` now: about ten seconds. Raises TpserveError when it fails.
+    """As measured before, or `again` now: about half a minute. Raises TpserveError when it fails.
 
     say: is told that it takes a while.
     """
@@ -122,7 +121,7 @@ def machine(*, again: bool = False, say: Callable[[str], None] = log.info) -> Ma
     if not again:
         with suppress(OSError, msgspec.DecodeError):  # not there yet, or of another version
             return msgspec.json.decode(path.read_bytes(), type=Machine)
-    say("measuring what this machine can do, once: about ten seconds")
+    say("measuring what this machine can do, once: about half a minute")
     began = time.monotonic()
     measured = measure()
     say(f"measured in {time.monotonic() - began:.1f} s")
@@ -192,37 +191,48 @@ def measure() -> Machine:
                 found = _exchange(probes[:world], comm, region, folder)
                 exchanging[f"{comm}-{world}"] = found
         computing = probes[: min(cores, 16)]
-        multiplying = {dtype: _multiply(computing, dtype) for dtype in dtypes}
+        passes = [{dtype: _multiply(computing, dtype) for dtype in dtypes} for _ in range(_PASSES)]
         return Machine(
             cores=cores,
             kernels=probes[0].kernels,
-            multiplying=multiplying,
+            multiplying={dtype: _mean([one[dtype] for one in passes]) for dtype in dtypes},
             exchanging=exchanging,
-            threads_cost=_threads_cost(computing, multiplying[_THREADED].together[0]),
             message_s=_ping(probes[0]),
         )
 
 
 def _multiply(probes: Sequence["_Probe"], dtype: Precision) -> Multiplying:
-    alone: list[float] = []
-    together: list[float] = []
+    found: dict[str, list[float]] = {}
     size = _weight_bytes()
-    for part, rows in ((size, ROWS[:2]), (size // _SMALLER, ROWS[2:])):
-        _ask(probes, weight=dtype, bytes=part, threads=1)
-        for count in rows:
-            for group, seconds in ((probes[:1], alone), (probes, together)):
-                mean = statistics.mean(answer["seconds"] for answer in _ask(group, rows=count))
-                # The smaller one comes from the cache; none is used faster than it is read.
-                seconds.append(max([mean / part, *seconds[:1]]))
-    return Multiplying(alone, together)
+    made = _ask(probes, weights=dtype, bytes=size, threads=1)[0]["bytes"]
+    for name, group in (("alone", probes[:1]), ("together", probes)):
+        found[name] = [seconds / made for seconds in _seconds(group)]
+    _ask(probes[:1], weights=dtype, bytes=size, threads=len(probes))
+    found["threaded"] = [seconds / made * len(probes) for seconds in _seconds(probes[:1])]
+    return Multiplying(**found)
 
 
-def _threads_cost(probes: Sequence["_Probe"], together_s: float) -> float:
-    """The same weights in one process of many threads, as a multiple of what the processes take."""
-    size = _weight_bytes()
-    _ask(probes[:1], weight=_THREADED, bytes=size, threads=len(probes))
-    seconds = _ask(probes[:1], rows=ROWS[0])[0]["seconds"]
-    return seconds / size * len(probes) / together_s
+def _seconds(group: Sequence["_Probe"]) -> list[float]:
+    """What each of them takes on average, by ROWS; with more rows it is not less."""
+    means: list[float] = []
+    for rows in ROWS:
+        mean = statistics.mean(answer["seconds"] for answer in _ask(group, rows=rows))
+        means.append(max([mean, *means]))
+    return means
+
+
+def _mean(passes: Sequence[Multiplying]) -> Multiplying:
+    """Of each number."""
+
+    def of(values: Callable[[Multiplying], list[float]]) -> list[float]:
+        columns = zip(*(values(one) for one in passes), strict=True)
+        return [statistics.mean(column) for column in columns]
+
+    return Multiplying(
+        alone=of(lambda one: one.alone),
+        together=of(lambda one: one.together),
+        threaded=of(lambda one: one.threaded),
+    )
 
 
 def _weight_bytes() -> int:

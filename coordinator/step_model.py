@@ -104,13 +104,12 @@ class StepModel:
         threads = choice.threads if of_layers + of_head >= ONE_THREAD_BYTES else 1
         computing = choice.workers * threads
         cores = min(computing, machine.cores)
-        # More threads than cores take turns, and several threads of a process meet at barriers.
-        crowded = computing / cores
-        slower = crowded * self._threads_cost(threads) / threads
+        crowded = computing / cores  # more threads than cores take turns
+        slower = crowded / threads
         head: Precision = "int8" if choice.dtype == "int4" else choice.dtype
-        weights_s = of_layers * self._seconds_per_byte(choice.dtype, rows, cores)
+        weights_s = of_layers * self._seconds_per_byte(choice.dtype, rows, cores, threads)
         if logits:
-            weights_s += of_head * self._seconds_per_byte(head, logits, cores)
+            weights_s += of_head * self._seconds_per_byte(head, logits, cores, threads)
         alone, ranks = machine.exchanging["local-1"], self._exchanging(choice)
         compute = StepTime(
             weights_s=weights_s * slower,
@@ -128,19 +127,17 @@ class StepModel:
             machine.message_s / passes,
         )
 
-    def _seconds_per_byte(self, dtype: Precision, rows: int, cores: int) -> float:
-        """Of one thread's weights, when so many cores compute."""
-        kernel = self._machine.multiplying[dtype]
-        alone, together = (_at(rows, seconds) for seconds in (kernel.alone, kernel.together))
-        if self._machine.cores == 1:
+    def _seconds_per_byte(self, dtype: Precision, rows: int, cores: int, threads: int) -> float:
+        """Of one thread's weights, when so many cores compute, with `threads` of each process."""
+        kernel, others = self._machine.multiplying[dtype], self._machine.cores - 1
+        alone, together, threaded = (
+            _at(rows, seconds) for seconds in (kernel.alone, kernel.together, kernel.threaded)
+        )
+        if others == 0:
             return alone
-        return alone + (together - alone) * (cores - 1) / (self._machine.cores - 1)
-
-    def _threads_cost(self, threads: int) -> float:
-        cores = self._machine.cores
-        if threads == 1 or cores == 1:
-            return 1.0
-        return max(1.0, 1 + (self._machine.threads_cost - 1) * (threads - 1) / (cores - 1))
+        of_processes = alone + (together - alone) * (cores - 1) / others
+        # Threads of a process meet at barriers: the more of them, the longer.
+        return of_processes + (threaded - together) * min(threads - 1, others) / others
 
     def _attention_s(
         self,

@@ -5,20 +5,22 @@
 Says {"kernels": ...} and then answers each line of standard input, a JSON object, with another one;
 several of these processes that are asked at once measure what they leave each other.
 
-    {"weight": "int8", "bytes": N, "threads": 1}   -> {}; makes a weight of so many bytes
-    {"rows": 8}          -> {"seconds": ...} for multiplying that many rows of activations with it
+    {"weights": "int8", "bytes": N, "threads": 1}   -> {"bytes": ...}; makes as many layers as have N bytes
+    {"rows": 8}          -> {"seconds": ...} for that many tokens, each of a sequence of its own, to pass them
     {"ranks": CommSetup, "region": fd, "steps": 40}
                          -> {"pass_s": ..., "layer_s": ..., "float_s": ...}, see `_ranks`
     {}                   -> {}; the way there and back
 """
 
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from safetensors.torch import save_file
 from shared.messages import Precision
 from shared.model_config import ModelConfig
 from shared.rope import Rope
+from shared.sharding import ModelShards
 from shared.worker_messages import (
     AllocateKV,
     CommSetup,
@@ -41,17 +44,18 @@ from shared.worker_messages import (
 from worker.comm.base import Communicator
 from worker.comm.local import LocalCommunicator
 from worker.comm.open import open_communicator
+from worker.layers import Placement
+from worker.loader import Checkpoint
+from worker.model import Decoder
 from worker.native.api import Pool, native_library
-from worker.ops.base import HeadLayout, Source, Value
 from worker.ops.choose import describe, make_ops
 from worker.runner import Runner
 
-COLUMNS = 2048
-"""Inputs of the weight: many enough that its rows are streamed, few enough that activations stay."""
 MOST_ROWS = 128
+_LEAST_REPETITIONS, _MOST_REPETITIONS = 3, 7
+_ENOUGH_S = 0.2
+"""Of repetitions; their median counts."""
 _REPETITIONS = 5
-_LEAST_S = 0.02
-"""Of one measurement; the fastest of its repetitions counts, the others were disturbed."""
 _SHARDS = 8
 _FEW_LAYERS, _MANY_LAYERS = 2, 10
 _SIZE = 64
@@ -65,67 +69,96 @@ def main() -> None:
     """Answer the lines of standard input."""
     library = native_library()
     print(json.dumps({"kernels": describe(library)}), flush=True)
-    multiply: Callable[[int], None] | None = None
+    layers: _Layers | None = None
     for line in sys.stdin:
         answer: dict[str, float] = {}
         match json.loads(line):
-            case {"weight": dtype, "bytes": size, "threads": threads}:
-                multiply = None  # gives the memory of the last weight back
-                multiply = _multiplication(dtype, size, threads)
+            case {"weights": dtype, "bytes": size, "threads": threads}:
+                layers = None  # gives the memory of the last ones back
+                layers = _Layers(dtype, size, threads)
+                answer = {"bytes": layers.weight_bytes}
             case {"rows": rows}:
-                assert multiply is not None, "a weight comes first"
-                answer = {"seconds": _fastest(multiply, rows)}
+                assert layers is not None, "weights come first"
+                answer = {"seconds": _usual_s(partial(layers.compute, rows))}
             case {"ranks": setup, "region": region, "steps": steps}:
                 answer = _ranks(msgspec.convert(setup, CommSetup), region, steps)
         print(json.dumps(answer), flush=True)
 
 
-def _fastest(multiply: Callable[[int], None], rows: int) -> float:
-    multiply(rows)
+def _usual_s(work: Callable[[], None]) -> float:
+    """The median time that it takes, after a first time that does not count."""
+    work()
     times: list[float] = []
-    while len(times) < _REPETITIONS and (len(times) < 2 or sum(times) < _LEAST_S * _REPETITIONS):
+    while len(times) < _LEAST_REPETITIONS or (
+        len(times) < _MOST_REPETITIONS and sum(times) < _ENOUGH_S
+    ):
         began = time.perf_counter()
-        multiply(rows)
+        work()
         times.append(time.perf_counter() - began)
-    return min(times)
+    return statistics.median(times)
 
 
-def _multiplication(dtype: Precision, size: int, threads: int) -> Callable[[int], None]:
-    """A function that multiplies so many rows with a weight of about `size` bytes.
+class _Layers:
+    """Layers of TinyLlama-1.1B's shape, with all that a step does in them, at the first position."""
 
-    Raises ModelError where the kernels do not know the precision.
-    """
-    library = native_library()
-    torch.set_num_threads(threads)
-    pool = None if library is None else Pool(library, threads, crowded=False, from_bytes=0)
-    comm = LocalCommunicator(CommSetup(kind="local", rank=0, owned=[(0, 1)], deadline_s=60))
-    order = LoadModel(
-        model="probe", path="", dtype=dtype, kv_dtype="fp32", max_model_len=16, threads=threads
-    )
-    ops = make_ops(order, _config(1), comm, pool, [range(1)], lambda _: None)
-    per_weight = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "int4": 0.5625}[dtype]
-    outputs = int(size / per_weight / COLUMNS)
-    weight = ops.weight(
-        Source(outputs, COLUMNS, lambda: torch.full((outputs, COLUMNS), 0.01, dtype=torch.bfloat16))
-    )
-    table = ops.table(torch.ones(1, COLUMNS))
-    ones = ops.vector(torch.ones(COLUMNS))
-    head = ops.weight(Source(32, COLUMNS, lambda: torch.ones(32, COLUMNS)), token_ids=[range(32)])
-    layout = HeadLayout(16, range(0), range(0), 1, (range(0),))
+    def __init__(self, dtype: Precision, size: int, threads: int) -> None:
+        """Raises ModelError where the kernels do not know the precision."""
+        library = native_library()
+        torch.set_num_threads(threads)
+        pool = None if library is None else Pool(library, threads, crowded=False, from_bytes=0)
+        owned = [range(_SHARDS)]
+        setup = CommSetup(kind="local", rank=0, owned=[(0, _SHARDS)], deadline_s=60)
+        order = LoadModel(
+            model="probe", path="", dtype=dtype, kv_dtype="fp32", max_model_len=16, threads=threads
+        )
+        per_weight = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "int4": 0.5625}[dtype]
+        one = _config(1, hidden=2048, inner=5632, heads=32, kv_heads=4)
+        of_layer = (one.parameters - one.vocab_size * one.hidden_size) * per_weight
+        config = msgspec.structs.replace(one, num_layers=math.ceil(size / of_layer))
+        shards = ModelShards(config, _SHARDS)
+        ops = make_ops(order, config, LocalCommunicator(setup), pool, owned, lambda _: None)
+        placement = Placement(shards, owned[0], ops)
+        decoder = Decoder(_Constant(), placement, order.max_model_len)
+        layers, layout = config.num_layers, placement.head_layout()
+        ops.allocate(decoder, layers, layout, MOST_ROWS, MOST_ROWS)
+        self._ops, self.weight_bytes = ops, ops.weight_bytes
+        self._last = np.zeros(MOST_ROWS, np.int64)
+        self._sequences = [
+            SequenceStep(slot, 0, [0], np.array([slot], "<i4").tobytes(), _GREEDY)
+            for slot in range(MOST_ROWS)
+        ]
 
-    def forward() -> Value:
-        x = ops.embed(table)
-        ops.linear(ops.add_norm(x, None, ones, 1e-6)[1], weight)
-        return ops.logits(ops.final_norm(x, ops.embed(table), ones, 1e-6), head)
+    def compute(self, rows: int) -> None:
+        """A pass of so many sequences, a token each."""
+        self._ops.run(self._sequences[:rows], self._last)
 
-    ops.allocate(forward, 1, layout, 1, MOST_ROWS)
-    last = np.zeros(1, np.int64)
-    steps = {n: [SequenceStep(0, 0, [0] * n, _TWO_BLOCKS, _GREEDY)] for n in range(MOST_ROWS + 1)}
 
-    def multiply(rows: int) -> None:
-        ops.run(steps[rows], last)
+class _Constant(Checkpoint):
+    """All its numbers are the same, and in no file."""
 
-    return multiply
+    def __init__(self) -> None:
+        pass
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> torch.Tensor:
+        """A tensor of that shape, or of the rows and columns that are wanted."""
+        wanted = [
+            size if part is None else len(part)
+            for size, part in zip(shape, (rows, columns), strict=False)
+        ]
+        return torch.full(wanted, 0.01, dtype=torch.bfloat16)
+
+    def map(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor."""
+        return self.read(name, shape)
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -191,15 +224,21 @@ def _float_s(comm: Communicator, setup: CommSetup) -> float:
     return max(0.0, reduce_s(_LONG) - reduce_s(_SIZE)) / _LONG
 
 
-def _config(layers: int) -> ModelConfig:
+def _config(
+    layers: int,
+    hidden: int = _SIZE,
+    inner: int = _SHARDS * 32,
+    heads: int = _SHARDS,
+    kv_heads: int = _SHARDS,
+) -> ModelConfig:
     return ModelConfig(
         model_type="llama",
-        hidden_size=_SIZE,
-        intermediate_size=_SHARDS * 32,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_layers=layers,
-        num_heads=_SHARDS,
-        num_kv_heads=_SHARDS,
-        head_dim=_SIZE // _SHARDS,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
         vocab_size=_SHARDS * 32,
         max_positions=32,
         rms_norm_eps=1e-6,

@@ -26,15 +26,16 @@ def made_up_machine(
     """Each core reads `bandwidth` bytes per second alone and `scaling` times as many beside all others.
 
     Weights are used as fast as they are read up to 8 rows, then in proportion. latency_s: of an
-    all-reduce, by comm and world.
+    all-reduce, by comm and world. threads_cost: times as long as processes take threads of one.
     """
     alone = [1 / bandwidth * max(1, rows / 8) for rows in (1, 8, 32, 128)]
     together = [seconds / scaling for seconds in alone]
+    threaded = [seconds * threads_cost for seconds in together]
     latency_s = latency_s or {"shm-2": 5e-6, "shm-4": 10e-6, "zmq-2": 100e-6, "gloo-2": 1e-3}
     return Machine(
         cores=cores,
         kernels="native test",
-        multiplying={dtype: Multiplying(alone, together) for dtype in DTYPES},
+        multiplying={dtype: Multiplying(alone, together, threaded) for dtype in DTYPES},
         exchanging={
             "local-1": Exchanging(pass_s=0.0, layer_s=0.0, float_s=0.0),
             **{
@@ -42,7 +43,6 @@ def made_up_machine(
                 for name, seconds in latency_s.items()
             },
         },
-        threads_cost=threads_cost,
         message_s=0.0,
     )
 
