@@ -52,8 +52,8 @@ from worker.ops.choose import describe, make_ops
 from worker.runner import Runner
 
 MOST_ROWS = 128
-_LEAST_REPETITIONS, _MOST_REPETITIONS = 3, 7
-_ENOUGH_S = 0.2
+_LEAST_REPETITIONS, _MOST_REPETITIONS = 3, 40
+_ENOUGH_S = 0.15
 """Of repetitions; their median counts."""
 _REPETITIONS = 5
 _SHARDS = 8
