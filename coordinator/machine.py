@@ -235,6 +235,29 @@ def _mean(passes: Sequence[Multiplying]) -> Multiplying:
     )
 
 
+def mean_of(first: Machine, second: Machine) -> Machine:
+    """Two measurements of one machine as one: each of its numbers is their mean."""
+
+    def exchanging(name: str) -> Exchanging:
+        both = (first.exchanging[name], second.exchanging[name])
+        return Exchanging(
+            pass_s=statistics.mean(one.pass_s for one in both),
+            layer_s=statistics.mean(one.layer_s for one in both),
+            float_s=statistics.mean(one.float_s for one in both),
+        )
+
+    return Machine(
+        cores=first.cores,
+        kernels=first.kernels,
+        multiplying={
+            dtype: _mean([kernel, second.multiplying[dtype]])
+            for dtype, kernel in first.multiplying.items()
+        },
+        exchanging={name: exchanging(name) for name in first.exchanging},
+        message_s=statistics.mean((first.message_s, second.message_s)),
+    )
+
+
 def _weight_bytes() -> int:
     return min(_MOST_BYTES, max(_LEAST_BYTES, int(_CACHES * _last_cache_bytes())))
 
