@@ -219,19 +219,23 @@ def serving(bench: Bench) -> Iterator[Part]:
                 {name: each.sampling(streams) for name, each in watched.items()}, bench.rounds
             )
             first = {name: each.first_token_s[streams][1:] for name, each in watched.items()}
-            title = f"Servers over HTTP, {streams} user(s), prompts of {PROMPT_TOKENS} tokens"
+            title = f"Servers over HTTP, {streams} user(s)"
             yield Part(
                 f"{title}: new tokens",
                 "tokens/s",
                 rounds,
                 [Ratio(ours["int8"], llama_cpp), Ratio(ours["bf16"], vllm)],
-                notes=[f"{TOKENS} new tokens for each; the time of reading the prompts counts."],
+                notes=[
+                    f"A prompt of {PROMPT_TOKENS} tokens and {TOKENS} new ones for each; the time of"
+                    " reading the prompts counts."
+                ],
             )
             yield Part(
                 f"{title}: first token",
-                "seconds (median of the users)",
+                "seconds",
                 Rounds(first, rounds.other_cores),
                 [Ratio(llama_cpp, ours["int8"]), Ratio(vllm, ours["bf16"])],
+                notes=["The median of the users."],
             )
 
 
