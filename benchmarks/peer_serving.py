@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,11 +98,9 @@ class HttpServer(AbstractContextManager["HttpServer"]):
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break
-            try:
+            with suppress(httpx.TransportError):  # nobody listens yet
                 if httpx.get(self._url + health, timeout=5).status_code == httpx.codes.OK:
                     return
-            except httpx.TransportError:
-                pass  # nobody listens yet
             time.sleep(0.2)
         self._log.seek(0)
         end = self._log.read()[-4000:].decode(errors="replace")

@@ -28,6 +28,7 @@ from msgspec import Struct
 
 from shared.errors import TpserveError
 from shared.messages import Precision
+from shared.precision import BYTES_PER_WEIGHT
 from shared.sharding import assign_shards
 from shared.shm import create_shm_region
 from shared.worker_messages import CommSetup
@@ -100,16 +101,6 @@ class Machine(Struct, frozen=True, kw_only=True):
         if cores == 1:
             return per_byte / kernel.alone[-1]
         return cores * per_byte / kernel.together[-1]
-
-
-BYTES_PER_WEIGHT: Mapping[Precision, float] = {
-    "fp32": 4,
-    "bf16": 2,
-    "fp16": 2,
-    "int8": 1 + 2 / 32,
-    "int4": 0.5 + 2 / 32,
-}
-"""Scales of groups included."""
 
 
 def machine(*, again: bool = False, say: Callable[[str], None] = log.info) -> Machine:

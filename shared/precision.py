@@ -1,8 +1,18 @@
-"""Which precision keys and values have when nobody chose one."""
+"""How large a weight is in each precision, and which one keys and values have when nobody chose it."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from shared.messages import KVPrecision, Precision
+
+BYTES_PER_WEIGHT: Mapping[Precision, float] = {
+    "fp32": 4,
+    "bf16": 2,
+    "fp16": 2,
+    "int8": 1 + 2 / 32,
+    "int4": 0.5 + 2 / 32,
+}
+"""Scales of groups included."""
 
 
 def kv_precision(wanted: KVPrecision | Literal["auto"], weights: Precision) -> KVPrecision:

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from shared.messages import Precision
 from shared.model_config import ModelConfig
+from shared.precision import BYTES_PER_WEIGHT
 from shared.rope import Rope
 from shared.sharding import ModelShards
 from shared.worker_messages import (
@@ -111,10 +112,11 @@ class _Layers:
         order = LoadModel(
             model="probe", path="", dtype=dtype, kv_dtype="fp32", max_model_len=16, threads=threads
         )
-        per_weight = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "int4": 0.5625}[dtype]
         one = _config(1, hidden=2048, inner=5632, heads=32, kv_heads=4)
-        of_layer = (one.parameters - one.vocab_size * one.hidden_size) * per_weight
-        config = msgspec.structs.replace(one, num_layers=math.ceil(size / of_layer))
+        weights = one.parameters - one.vocab_size * one.hidden_size
+        config = msgspec.structs.replace(
+            one, num_layers=math.ceil(size / (weights * BYTES_PER_WEIGHT[dtype]))
+        )
         shards = ModelShards(config, _SHARDS)
         ops = make_ops(order, config, LocalCommunicator(setup), pool, owned, lambda _: None)
         placement = Placement(shards, owned[0], ops)
