@@ -146,7 +146,8 @@ def machine_key() -> str:
     processor = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    kernels = [os.environ.get(name, "") for name in ("TPSERVE_KERNELS", "TPSERVE_ISA")]
+    names = ("TPSERVE_KERNELS", "TPSERVE_ISA", "TPSERVE_PREFETCH")
+    kernels = [os.environ.get(name, "") for name in names]
     facts = [_FORMAT, version("tpserve"), socket.gethostname(), _cores(), processor[:1], kernels]
     return sha256(repr(facts).encode()).hexdigest()[:12]
 

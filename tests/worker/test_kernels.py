@@ -6,6 +6,7 @@ Operations are recorded as the model records them, on inputs chosen here, and ru
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -730,12 +731,14 @@ def test_a_step_names_the_peer_that_is_gone(threads: int, tmp_path: Path) -> Non
 # --- levels of instructions -----------------------------------------------------------------------
 
 
-def in_new_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The instruction set is chosen once for each process."""
+def in_new_process(
+    isa: str, *arguments: str, prefetch: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """The kernels are chosen once for each process."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=PROJECT,
-        env=os.environ | {"TPSERVE_ISA": isa},
+        env=os.environ | {"TPSERVE_ISA": isa, "TPSERVE_PREFETCH": prefetch},
         capture_output=True,
         text=True,
         timeout=LEVEL_DEADLINE_S,
@@ -779,3 +782,35 @@ def test_every_level_is_as_accurate(levels: list[str]) -> None:
         run = in_new_process(level, "-m", "pytest", *options, *tests)
         assert run.returncode == 0, f"{level}: {run.stdout[-3000:]}"
         assert " passed" in run.stdout
+
+
+# --- prefetching ----------------------------------------------------------------------------------
+
+
+def digest_of_linears() -> str:
+    """Of products in every precision, of one token and more, with whole streams of row blocks and not."""
+    digest = hashlib.sha256()
+    random = np.random.default_rng(5)
+    for dtype in DTYPES:
+        for rows, columns in ((16, 32), (80, 96), (208, 544)):
+            weight = random.standard_normal((rows, columns), np.float32)
+            for tokens in (1, 2, 7, 13):
+                x = random.standard_normal((tokens, columns), np.float32)
+                digest.update(linear(weight, x, dtype).tobytes())
+    return digest.hexdigest()
+
+
+def test_prefetching_changes_no_bit(levels: list[str]) -> None:
+    show = f"from {__name__} import digest_of_linears; print(digest_of_linears())"
+    for level in levels:
+        near, far = (in_new_process(level, "-c", show, prefetch=p) for p in ("near", "far"))
+        assert near.returncode == 0, near.stderr[-2000:]
+        assert near.stdout == far.stdout
+        assert len(near.stdout.strip()) == 64
+
+
+def test_an_unknown_way_of_prefetching_is_refused() -> None:
+    refused = in_new_process("", "-c", LOAD, prefetch="Far")
+    assert refused.stderr.splitlines()[-1].endswith(
+        "ConfigError: TPSERVE_PREFETCH is Far; it can be near or far"
+    )

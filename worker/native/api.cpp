@@ -52,7 +52,7 @@ Delta delta_of(const Program* program, int32_t buffer, int32_t exchanged, const 
 
 TPS_API int32_t tps_abi_version() { return 8; }
 
-// The instruction set in use; null if TPSERVE_ISA asks for one that this machine does not run.
+// The instruction set in use; null if TPSERVE_ISA or TPSERVE_PREFETCH ask for what there is not.
 TPS_API const char* tps_isa() { return kernels() ? kernels()->name : nullptr; }
 TPS_API const char* tps_isa_problem() { return kernels_problem(); }
 

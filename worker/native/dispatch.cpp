@@ -8,7 +8,7 @@ namespace tps {
 
 #define TPS_DECLARE(level) \
     namespace level {      \
-    extern const Kernels kernels; \
+    extern const Kernels kernels[2]; \
     }
 #ifdef TPS_HAVE_AVX512VNNI
 TPS_DECLARE(avx512vnni)
@@ -30,7 +30,7 @@ TPS_DECLARE(scalar)
 namespace {
 
 struct Level {
-    const Kernels* kernels;
+    const Kernels* kernels;  // of each Prefetch
     bool runs;
 };
 
@@ -52,38 +52,56 @@ bool has_avxvnni() {
 #endif
 #endif
 
+Prefetch usual_prefetch() {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amd") ? kFar : kNear;
+#else
+    return kNear;
+#endif
+}
+
 // The best first.
 const Level kLevels[] = {
 #ifdef TPS_HAVE_AVX512VNNI
-    {&avx512vnni::kernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+    {avx512vnni::kernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
 #endif
 #ifdef TPS_HAVE_AVX512
-    {&avx512::kernels, has_avx512()},
+    {avx512::kernels, has_avx512()},
 #endif
 #ifdef TPS_HAVE_AVXVNNI
-    {&avxvnni::kernels, has_avxvnni()},
+    {avxvnni::kernels, has_avxvnni()},
 #endif
 #ifdef TPS_HAVE_AVX2
-    {&avx2::kernels, has_avx2()},
+    {avx2::kernels, has_avx2()},
 #endif
 #ifdef TPS_HAVE_NEON
-    {&neon::kernels, true},  // the dot product instructions are in every core since ARMv8.2
+    {neon::kernels, true},  // the dot product instructions are in every core since ARMv8.2
 #endif
-    {&scalar::kernels, true},
+    {scalar::kernels, true},
 };
+
+bool is_set(const char* text) { return text != nullptr && *text != '\0'; }
 
 struct Choice {
     const Kernels* kernels = nullptr;
     std::string problem;
 
     Choice() {
-        const char* wanted = std::getenv("TPSERVE_ISA");
-        const bool any = wanted == nullptr || *wanted == '\0';
+        const char* wanted = std::getenv("TPSERVE_PREFETCH");
+        Prefetch prefetch = usual_prefetch();
+        if (is_set(wanted)) {
+            prefetch = std::strcmp(wanted, "far") ? kNear : kFar;
+            if (prefetch == kNear && std::strcmp(wanted, "near")) {
+                problem = std::string("TPSERVE_PREFETCH is ") + wanted + "; it can be near or far";
+                return;
+            }
+        }
+        wanted = std::getenv("TPSERVE_ISA");
         std::string names;
         for (const Level& level : kLevels) {
             if (!level.runs) continue;
-            if (any || !std::strcmp(wanted, level.kernels->name)) {
-                kernels = level.kernels;
+            if (!is_set(wanted) || !std::strcmp(wanted, level.kernels->name)) {
+                kernels = level.kernels + prefetch;
                 return;
             }
             names += std::string(names.empty() ? "" : ", ") + level.kernels->name;

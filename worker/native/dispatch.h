@@ -5,8 +5,9 @@
 
 namespace tps {
 
-// The best level of this processor, or the one that TPSERVE_ISA names. Null if that one is not in the
-// library or the processor lacks it; `kernels_problem` then says so.
+// The best level of this processor, or the one that TPSERVE_ISA names, with the prefetching that suits
+// its maker, or that TPSERVE_PREFETCH names (near, far). Null if there is no such thing in the library
+// or on this processor; `kernels_problem` then says so.
 const Kernels* kernels();
 const char* kernels_problem();
 

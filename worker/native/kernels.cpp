@@ -15,32 +15,49 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kTileTokens = 6, kTileBlocks = 2;  // 24 of 32 registers hold sums
+constexpr int kMostStreams = 4;
 #else
 constexpr int kTileTokens = 3, kTileBlocks = 1;  // 12 of 16
+constexpr int kMostStreams = 2;
 #endif
-constexpr int kPrefetchBytes = 4096;
-constexpr int kStreams = 2;  // row blocks that one token reads side by side: more lines on their way
 constexpr size_t kChunkBytes = 384 << 10;  // of weights that stay in the L2 cache for all tiles
 constexpr int kStackDepth = 9;             // log2(kMaxSegments) + 1
 constexpr float kSmallest = 0x1p-100f;     // less than that is 0 in int8, as 127 over it may be infinite
 
 template <Format format>
 constexpr size_t kGroupBytes = format == kF32 ? 2048 : format == kI8 ? 512 : format == kI4 ? 256 : 1024;
+template <Format format>
+constexpr bool kQuantized = format == kI8 || format == kI4;
+
+// How far ahead lines of weights are asked for, and how many row blocks one token reads side by side
+// (more lines on their way): see `Prefetch`.
+template <Prefetch prefetch>
+constexpr int kPrefetchBytes = prefetch == kNear ? 4096 : 1024;
+template <Prefetch prefetch, Format format, int MT>
+constexpr bool kPrefetches = prefetch == kNear ? kQuantized<format> || MT <= 2
+                                               : kQuantized<format> && MT == 1;
+template <Prefetch prefetch, Format format>
+constexpr int kStreams = prefetch == kFar && kQuantized<format> ? kMostStreams : 2;
+
+template <Prefetch prefetch, Format format, int MT>
+TPS_INLINE void fetch_ahead(const uint8_t* line) {
+    if constexpr (kPrefetches<prefetch, format, MT>)
+        __builtin_prefetch(line, 0, prefetch == kNear ? 3 : 2);  // into L1, or into L2
+}
 
 // --- linear ---------------------------------------------------------------------------------------
 
 // Weights in floats: even and odd columns are summed apart, which halves the waiting for sums.
-template <Format format, int NB, int MT>
+template <Prefetch prefetch, Format format, int NB, int MT>
 TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB], const float* x,
                                   size_t stride, int groups) {
     f32x16 odd[NB][MT];
     for (int b = 0; b < NB; ++b)
         for (int m = 0; m < MT; ++m) odd[b][m] = zero();
     for (int g = 0; g < groups; ++g, x += kGroup) {
-        if constexpr (MT <= 2)  // bound by memory
-            for (int b = 0; b < NB; ++b)
-                for (size_t line = 0; line < kGroupBytes<format>; line += 64)
-                    __builtin_prefetch(w[b] + kPrefetchBytes + line);
+        for (int b = 0; b < NB; ++b)
+            for (size_t line = 0; line < kGroupBytes<format>; line += 64)
+                fetch_ahead<prefetch, format, MT>(w[b] + kPrefetchBytes<prefetch> + line);
 #pragma GCC unroll 4
         for (int k = 0; k < kGroup; k += 2) {
             f32x16 w0[NB], w1[NB];
@@ -72,15 +89,16 @@ TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB]
 // Quantised weights: the products of a group are summed in integers, exactly; then scaled. `left` are
 // the groups of the row blocks from the first one here on: what is fetched ahead skips what lies
 // between the numbers, or the scales, of a row block and those of the next one.
-template <Format format, int NB, int MT>
+template <Prefetch prefetch, Format format, int NB, int MT>
 TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB],
                                      const uint16_t* (&scales)[NB], const int8_t* x,
                                      const float* x_scales, const int32_t* offsets, int groups,
                                      int left, int all_groups) {
-    constexpr int kAhead = kPrefetchBytes / kGroupBytes<format>, kScalesAhead = 32;
+    constexpr int kBytes = kPrefetchBytes<prefetch>, kAhead = kBytes / kGroupBytes<format>;
+    constexpr int kScalesAhead = 32;
     for (int g = 0; g < groups; ++g, --left) {
         const size_t ahead =
-            kPrefetchBytes + (left > kAhead ? 0 : size_t(all_groups) * kRowBlock * sizeof(uint16_t));
+            kBytes + (left > kAhead ? 0 : size_t(all_groups) * kRowBlock * sizeof(uint16_t));
         const size_t scales_ahead = (kScalesAhead * kRowBlock) * sizeof(uint16_t) +
                                     (left > kScalesAhead ? 0 : size_t(all_groups) * kGroupBytes<format>);
         for (int b = 0; b < NB; ++b) __builtin_prefetch((const uint8_t*)scales[b] + scales_ahead);
@@ -93,7 +111,7 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
                 bytes64 v[NB];
                 for (int b = 0; b < NB; ++b) {
                     v[b] = load_bytes(w[b] + 64 * k);
-                    __builtin_prefetch(w[b] + ahead + 64 * k);
+                    fetch_ahead<prefetch, format, MT>(w[b] + ahead + 64 * k);
                 }
                 for (int m = 0; m < MT; ++m)
                     for (int b = 0; b < NB; ++b)
@@ -105,7 +123,7 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
                 bytes64 low[NB], high[NB];
                 for (int b = 0; b < NB; ++b) {
                     const bytes64 both = load_bytes(w[b] + 64 * k);
-                    __builtin_prefetch(w[b] + ahead + 64 * k);
+                    fetch_ahead<prefetch, format, MT>(w[b] + ahead + 64 * k);
                     low[b] = low_nibbles(both);
                     high[b] = high_nibbles(both);
                 }
@@ -130,7 +148,7 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
 }
 
 // Row blocks block, block + apart, ... and MT tokens from `token` on.
-template <Format format, int NB, int MT>
+template <Prefetch prefetch, Format format, int NB, int MT>
 void linear_tile(const Weight& weight, const Activations& x, const Output& out, int block, int apart,
                  int token) {
     const uint8_t* w[NB];
@@ -147,15 +165,15 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
         for (int b = 0; b < NB; ++b)
             for (int m = 0; m < MT; ++m) acc[b][m] = zero();
         const int groups = weight.segment_groups[s];
-        if constexpr (format == kI8 || format == kI4) {
+        if constexpr (kQuantized<format>) {
             const size_t first = size_t(token) * x.groups + size_t(group) * MT;
-            accumulate_quantized<format>(acc, w, scales, x.quantized.numbers + first * kGroup,
-                                         x.quantized.scales + first, x.quantized.offsets + first,
-                                         groups, weight.groups - group, weight.groups);
+            accumulate_quantized<prefetch, format>(
+                acc, w, scales, x.quantized.numbers + first * kGroup, x.quantized.scales + first,
+                x.quantized.offsets + first, groups, weight.groups - group, weight.groups);
         } else {
             const size_t stride = size_t(x.groups) * kGroup;
-            accumulate_floats<format>(acc, w, x.floats + token * stride + group * kGroup, stride,
-                                      groups);
+            accumulate_floats<prefetch, format>(acc, w, x.floats + token * stride + group * kGroup,
+                                                stride, groups);
         }
         group += groups;
         for (int n = 0; n < weight.additions[s]; ++n) {
@@ -176,32 +194,34 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
     }
 }
 
-template <Format format, int MT>
+template <Prefetch prefetch, Format format, int MT>
 void linear_tokens(const Weight& weight, const Activations& x, const Output& out, int begin, int end,
                    int token) {
     int block = begin;
     if constexpr (MT == 1) {
         // Each stream goes through neighbouring row blocks, so that what is fetched ahead at the end of
         // one is the beginning of its next.
-        const int length = (end - begin) / kStreams;
+        constexpr int streams = kStreams<prefetch, format>;
+        const int length = (end - begin) / streams;
         for (; block < begin + length; ++block)
-            linear_tile<format, kStreams, 1>(weight, x, out, block, length, token);
-        block = begin + length * kStreams;
+            linear_tile<prefetch, format, streams, 1>(weight, x, out, block, length, token);
+        block = begin + length * streams;
     } else if constexpr (kTileBlocks > 1) {
         for (; block + kTileBlocks <= end; block += kTileBlocks)
-            linear_tile<format, kTileBlocks, MT>(weight, x, out, block, 1, token);
+            linear_tile<prefetch, format, kTileBlocks, MT>(weight, x, out, block, 1, token);
     }
-    for (; block < end; ++block) linear_tile<format, 1, MT>(weight, x, out, block, 1, token);
+    for (; block < end; ++block) linear_tile<prefetch, format, 1, MT>(weight, x, out, block, 1, token);
 }
 
-template <Format format, int MT = kTileTokens>
+template <Prefetch prefetch, Format format, int MT = kTileTokens>
 void linear_tokens_of(int count, const Weight& weight, const Activations& x, const Output& out,
                       int begin, int end, int token) {
-    if (count == MT) return linear_tokens<format, MT>(weight, x, out, begin, end, token);
-    if constexpr (MT > 1) linear_tokens_of<format, MT - 1>(count, weight, x, out, begin, end, token);
+    if (count == MT) return linear_tokens<prefetch, format, MT>(weight, x, out, begin, end, token);
+    if constexpr (MT > 1)
+        linear_tokens_of<prefetch, format, MT - 1>(count, weight, x, out, begin, end, token);
 }
 
-template <Format format>
+template <Prefetch prefetch, Format format>
 void linear_of(const Weight& weight, const Activations& x, const Output& out, int begin, int end) {
     const Tiling tiling(x.tokens, kTileTokens);
     const size_t block_bytes = row_block_bytes(format, weight.groups);
@@ -211,18 +231,19 @@ void linear_of(const Weight& weight, const Activations& x, const Output& out, in
     for (int first = begin; first < end; first += chunk) {
         const int last = std::min(first + chunk, end);
         for (int tile = 0; tile < tiling.tiles; ++tile)
-            linear_tokens_of<format>(tiling.size(tile), weight, x, out, first, last,
-                                     tiling.begin(tile));
+            linear_tokens_of<prefetch, format>(tiling.size(tile), weight, x, out, first, last,
+                                               tiling.begin(tile));
     }
 }
 
+template <Prefetch prefetch>
 void linear(const Weight& weight, const Activations& x, const Output& out, int begin, int end) {
     switch (weight.format) {
-        case kF32: return linear_of<kF32>(weight, x, out, begin, end);
-        case kBF16: return linear_of<kBF16>(weight, x, out, begin, end);
-        case kF16: return linear_of<kF16>(weight, x, out, begin, end);
-        case kI8: return linear_of<kI8>(weight, x, out, begin, end);
-        case kI4: return linear_of<kI4>(weight, x, out, begin, end);
+        case kF32: return linear_of<prefetch, kF32>(weight, x, out, begin, end);
+        case kBF16: return linear_of<prefetch, kBF16>(weight, x, out, begin, end);
+        case kF16: return linear_of<prefetch, kF16>(weight, x, out, begin, end);
+        case kI8: return linear_of<prefetch, kI8>(weight, x, out, begin, end);
+        case kI4: return linear_of<prefetch, kI4>(weight, x, out, begin, end);
     }
 }
 
@@ -681,13 +702,16 @@ void pack_block(const Weight& weight, int block, const float* rows) {
 #define TPS_STRING_OF(name) #name
 #define TPS_STRING(name) TPS_STRING_OF(name)
 
-}  // namespace
-
-extern const Kernels kernels;
-const Kernels kernels = {
-    TPS_STRING(TPS_LEVEL), kTileTokens, linear, rms_norm, swiglu, quantize,
+template <Prefetch prefetch>
+constexpr Kernels kernels_with = {
+    TPS_STRING(TPS_LEVEL), kTileTokens, linear<prefetch>, rms_norm, swiglu, quantize,
     add_tree, rope, store_kv, attention, embed, best, add_to_top, softmax_sum, gumbel_best,
     pack_block,
 };
+
+}  // namespace
+
+extern const Kernels kernels[2];
+const Kernels kernels[2] = {kernels_with<kNear>, kernels_with<kFar>};
 
 }  // namespace tps::TPS_LEVEL
