@@ -14,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 import platformdirs
@@ -37,9 +37,11 @@ log = logging.getLogger("coordinator.machine")
 
 Comm = Literal["local", "shm", "zmq", "gloo", "nccl"]
 
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_PRECISIONS_OF_TORCH: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 ROWS = (1, 8, 32, 128)
 """Rows of activations that a weight is multiplied with."""
-_FORMAT = 2
+_FORMAT = 3
 _COMMAND = (sys.executable, "-P", "-m", "worker.probe")
 _STEPS: Mapping[Comm, int] = {"local": 60, "shm": 60, "zmq": 20, "gloo": 8}
 """Forward passes that are timed."""
@@ -114,7 +116,7 @@ def machine(*, again: bool = False, say: Callable[[str], None] = log.info) -> Ma
             return msgspec.json.decode(path.read_bytes(), type=Machine)
     say("measuring what this machine can do, once: about half a minute")
     began = time.monotonic()
-    measured = measure()
+    measured = measure(PRECISIONS)
     say(f"measured in {time.monotonic() - began:.1f} s")
     keep(path, measured)
     return measured
@@ -159,8 +161,8 @@ def _cores() -> int:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure() -> Machine:
-    """Everything, now. Raises TpserveError when a probe fails."""
+def measure(wanted: Collection[Precision]) -> Machine:
+    """Now, in those precisions that the kernels know. Raises TpserveError when a probe fails."""
     cores = _cores()
     worlds = [world for world in (2, 4, 8) if world <= max(4, cores)]
     processes = max(*worlds, min(cores, 16))
@@ -172,9 +174,8 @@ def measure() -> Machine:
         probes = [stack.enter_context(_Probe(list(regions.values()))) for _ in range(processes)]
         for probe in probes:
             probe.hello()
-        dtypes: list[Precision] = ["fp32", "bf16", "fp16"]
-        if probes[0].kernels != "torch":
-            dtypes += ["int8", "int4"]
+        known = PRECISIONS if probes[0].kernels != "torch" else _PRECISIONS_OF_TORCH
+        dtypes = [dtype for dtype in known if dtype in wanted]
         exchanging = {"local-1": _exchange(probes[:1], "local", None, folder)}
         for world, region in regions.items():
             # gloo takes seconds to start with many ranks, and is not going to be the fastest.
@@ -227,26 +228,28 @@ def _mean(passes: Sequence[Multiplying]) -> Multiplying:
     )
 
 
-def mean_of(first: Machine, second: Machine) -> Machine:
-    """Two measurements of one machine as one: each of its numbers is their mean."""
+def mean_of(measured: Sequence[Machine]) -> Machine:
+    """Measurements of one machine as one, of the precisions that all have: each number is their mean."""
 
     def exchanging(name: str) -> Exchanging:
-        both = (first.exchanging[name], second.exchanging[name])
+        all_ = [one.exchanging[name] for one in measured]
         return Exchanging(
-            pass_s=statistics.mean(one.pass_s for one in both),
-            layer_s=statistics.mean(one.layer_s for one in both),
-            float_s=statistics.mean(one.float_s for one in both),
+            pass_s=statistics.mean(one.pass_s for one in all_),
+            layer_s=statistics.mean(one.layer_s for one in all_),
+            float_s=statistics.mean(one.float_s for one in all_),
         )
 
+    first = measured[0]
     return Machine(
         cores=first.cores,
         kernels=first.kernels,
         multiplying={
-            dtype: _mean([kernel, second.multiplying[dtype]])
-            for dtype, kernel in first.multiplying.items()
+            dtype: _mean([one.multiplying[dtype] for one in measured])
+            for dtype in first.multiplying
+            if all(dtype in one.multiplying for one in measured)
         },
         exchanging={name: exchanging(name) for name in first.exchanging},
-        message_s=statistics.mean((first.message_s, second.message_s)),
+        message_s=statistics.mean(one.message_s for one in measured),
     )
 
 

@@ -6,11 +6,11 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.scaling.grid import Configuration, Request, Test
-from coordinator.machine import Machine
+from coordinator.machine import Machine, mean_of
 from shared.errors import ConfigError
 from shared.model_config import ModelConfig
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "bench.json"
 
 
@@ -61,7 +61,10 @@ class Record(Struct, kw_only=True):
     """About machine, model and program; by name."""
     commit: str
     request: Request
-    machine: Machine
+    machines: list[Machine]
+    """What the machine can do: as measured some time ago, or in the run, before each round and at its end."""
+    measures: bool
+    """Whether it is measured in the run."""
     config: ModelConfig
     weights: int
     """That every token is multiplied with: parameters without the table of embeddings."""
@@ -70,6 +73,11 @@ class Record(Struct, kw_only=True):
     left_out: list[str] = []
     """What was asked for and cannot be, and why."""
     samples: list[Sample] = []
+
+    @property
+    def machine(self) -> Machine:
+        """The mean: where memory is shared with strangers its speed drifts, within a run as well."""
+        return mean_of(self.machines)
 
     def has(self, round_: int, configuration: Configuration) -> bool:
         """Whether a configuration had its turn."""

@@ -17,14 +17,17 @@ from benchmarks.scaling.plots import plot
 from benchmarks.scaling.record import Record
 from benchmarks.scaling.summary import VIRTUAL_SHARDS, summarise
 from benchmarks.scaling.tables import as_csv, markdown
-from coordinator.machine import machine, mean_of
+from coordinator.machine import machine
+from coordinator.machine import measure as measure_machine
 from coordinator.measured import Measured, remember
 from shared.errors import ConfigError
 from shared.memory import free_bytes
+from shared.messages import Precision
 from shared.model_config import ModelConfig, read_model_config
 from shared.sharding import ModelShards, aligned_subtrees, assign_shards
 
-MEASURED_FIRST = "measured before the first round"
+ALWAYS_MEASURED: tuple[Precision, ...] = ("fp32",)
+"""Reads memory fastest, and attention computes in it."""
 WARM_UP = 0
 """The round in which everything gets warm; it does not count."""
 
@@ -51,7 +54,9 @@ def begin(request: Request, *, measure: bool) -> Record:
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "tpserve": f"{version('tpserve')}, commit {here.commit() or 'unknown'}",
         "kernels": measured.kernels,
-        "limits of the machine": MEASURED_FIRST if measure else "measured before",
+        "limits of the machine": (
+            "measured before each round and after the last" if measure else "measured some time ago"
+        ),
         "Python": f"{sys.version.split()[0]}, torch {version('torch')}, numpy {version('numpy')}",
         "model": f"{folder.name}, {config.parameters:,} parameters",
         "seed": str(request.seed),
@@ -60,7 +65,8 @@ def begin(request: Request, *, measure: bool) -> Record:
         facts=facts,
         commit=here.commit(),
         request=request,
-        machine=measured,
+        machines=[measured],
+        measures=measure,
         config=config,
         weights=config.parameters - (0 if config.tie_word_embeddings else table),
         exchanged_bytes={count: exchanged_bytes(config, count) for count in request.workers},
@@ -111,16 +117,14 @@ def carry_on(record: Record, folder: Path) -> None:
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        for round_, configuration in turns:
+        for at, (round_, configuration) in enumerate(turns):
             progress.update(task, description=f"{configuration.name}: ready?")
             _turn(record, fleet, round_, configuration, wanted, advance)
+            ends_round = at + 1 == len(turns) or turns[at + 1][0] != round_
+            if record.measures and ends_round and round_ != WARM_UP:
+                progress.update(task, description="what can the machine do now?")
+                record.machines.append(measure_machine({*request.dtypes, *ALWAYS_MEASURED}))
             record.save(folder)
-    if record.facts["limits of the machine"] == MEASURED_FIRST:
-        # Where memory is shared with strangers its speed drifts, within a run as well.
-        after = machine(again=True, say=Console(stderr=True).print)
-        record.machine = mean_of(record.machine, after)
-        record.facts["limits of the machine"] = f"{MEASURED_FIRST}, and after the last"
-        record.save(folder)
 
 
 def missing_turns(record: Record, servers: list[Configuration]) -> list[tuple[int, Configuration]]:

@@ -122,9 +122,11 @@ def test_a_machine_says_how_fast_cores_read_together() -> None:
     assert measured.operations("int8", 4) == pytest.approx(2 * 128 / 1.0625 * 4 * 0.5 * 10e9 / 16)
 
 
-def test_two_measurements_of_a_machine_become_their_mean() -> None:
+def test_measurements_of_a_machine_become_their_mean_in_the_precisions_of_all() -> None:
     slow, fast = made_up_machine(bandwidth=10e9), made_up_machine(bandwidth=30e9)
-    both = machine.mean_of(slow, fast)
+    del fast.multiplying["bf16"]
+    both = machine.mean_of([slow, fast])
+    assert both.multiplying.keys() == slow.multiplying.keys() - {"bf16"}
     seconds = (1 / 10e9 + 1 / 30e9) / 2
     assert both.multiplying["int8"].alone[0] == pytest.approx(seconds)
     assert both.multiplying["fp32"].threaded[0] == pytest.approx(1.1 * seconds)

@@ -69,7 +69,7 @@ def test_the_cache_is_measured_anew_when_it_cannot_be_read(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = made_up_machine()
     said: list[str] = []
-    monkeypatch.setattr(machine, "measure", lambda: found)
+    monkeypatch.setattr(machine, "measure", lambda _: found)
     machine.machine_file().parent.mkdir(parents=True)
     machine.machine_file().write_text("{}")
     assert machine.machine(say=said.append) == found
