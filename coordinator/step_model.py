@@ -8,6 +8,7 @@ Models that stay in the processor's cache are faster than is predicted here.
 
 import itertools
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from coordinator.machine import ROWS, Comm, Exchanging, Machine
@@ -22,6 +23,15 @@ ONE_THREAD_BYTES = 16 << 20
 
 _MOST_PASSES = 8
 """Of a plan, by default: --steps-per-plan."""
+_ATTENTION: Precision = "fp32"
+"""In which attention is computed; its weights are read fastest, too."""
+_HEAD: Mapping[Precision, Precision] = {"int4": "int8"}
+"""In which logits are computed, where it is not in that of the layers."""
+
+
+def precisions_of(dtypes: Iterable[Precision]) -> set[Precision]:
+    """Those in which a machine must have been measured to predict steps of models in `dtypes`."""
+    return {_ATTENTION, *dtypes, *(_HEAD.get(dtype, dtype) for dtype in dtypes)}
 
 
 @dataclass(frozen=True)
@@ -106,9 +116,9 @@ class StepModel:
         cores = min(computing, machine.cores)
         crowded = computing / cores  # more threads than cores take turns
         slower = crowded / threads
-        head: Precision = "int8" if choice.dtype == "int4" else choice.dtype
         weights_s = of_layers * self._seconds_per_byte(choice.dtype, rows, cores, threads)
         if logits:
+            head = _HEAD.get(choice.dtype, choice.dtype)
             weights_s += of_head * self._seconds_per_byte(head, logits, cores, threads)
         alone, ranks = machine.exchanging["local-1"], self._exchanging(choice)
         compute = StepTime(
@@ -154,7 +164,7 @@ class StepModel:
         read = (sequences or rows) * depth * token_bytes / (machine.bandwidth(cores) / cores)
         heads = len(self._shards.heads(owned))
         operations = 4 * rows * depth * heads * config.head_dim * config.num_layers
-        return max(read, operations / (machine.operations("fp32", cores) / cores))
+        return max(read, operations / (machine.operations(_ATTENTION, cores) / cores))
 
     def _exchange_s(self, alone: Exchanging, ranks: Exchanging, rows: int) -> float:
         """What two all-reduces a layer, and the one of sampling, take beyond a worker alone."""

@@ -26,7 +26,10 @@ from shared.config import Settings
 from shared.memory import free_bytes
 from shared.messages import BLOCK_TOKENS, Status, Token, WorkerStatus
 
-SAMPLE_S = 0.5
+SAMPLE_S = {"prefill": 2.0, "decode": 0.5}
+"""Of requests at least. The first prompt after a pause may take half as long again."""
+_SHORT = 16
+"""Tokens of a prompt that wakes everything up."""
 REST_S = 0.05
 """After which workers have told all their times."""
 SILENCE_S = 600.0
@@ -69,13 +72,15 @@ class Running:
         """One measurement."""
         if test.kind == "decode":
             self._story(test, 1).result()  # into the cache
+        else:
+            self._prefill(_SHORT, _Sums())
         time.sleep(REST_S)
         before, others = self._client.status(), seconds_of_others()
         began = time.perf_counter()
         measured = _Sums()
-        while time.perf_counter() - began < SAMPLE_S:
+        while time.perf_counter() - began < SAMPLE_S[test.kind]:
             if test.kind == "prefill":
-                self._prefill(test, measured)
+                self._prefill(test.prompt, measured)
             else:
                 self._decode(test, measured)
         busy = time.perf_counter() - began
@@ -102,9 +107,9 @@ class Running:
             other_cores=max(0.0, foreign / busy),
         )
 
-    def _prefill(self, test: Test, measured: "_Sums") -> None:
+    def _prefill(self, length: int, measured: "_Sums") -> None:
         """A prompt that nobody has seen before, up to its first new token."""
-        prompt = self._prompts.make(test.prompt)
+        prompt = self._prompts.make(length)
         began = time.perf_counter()
         stream = self._client.story(prompt.text, temperature=0, max_tokens=1, ignore_eos=True)
         first = 0.0

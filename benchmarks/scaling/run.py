@@ -20,14 +20,12 @@ from benchmarks.scaling.tables import as_csv, markdown
 from coordinator.machine import machine
 from coordinator.machine import measure as measure_machine
 from coordinator.measured import Measured, remember
+from coordinator.step_model import precisions_of
 from shared.errors import ConfigError
 from shared.memory import free_bytes
-from shared.messages import Precision
 from shared.model_config import ModelConfig, read_model_config
 from shared.sharding import ModelShards, aligned_subtrees, assign_shards
 
-ALWAYS_MEASURED: tuple[Precision, ...] = ("fp32",)
-"""Reads memory fastest, and attention computes in it."""
 WARM_UP = 0
 """The round in which everything gets warm; it does not count."""
 
@@ -123,7 +121,7 @@ def carry_on(record: Record, folder: Path) -> None:
             ends_round = at + 1 == len(turns) or turns[at + 1][0] != round_
             if record.measures and ends_round and round_ != WARM_UP:
                 progress.update(task, description="what can the machine do now?")
-                record.machines.append(measure_machine({*request.dtypes, *ALWAYS_MEASURED}))
+                record.machines.append(measure_machine(precisions_of(request.dtypes)))
             record.save(folder)
 
 

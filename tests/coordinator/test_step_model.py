@@ -9,7 +9,7 @@ from coordinator.machine import Machine
 from coordinator.measured import Measured, recall, remember
 from coordinator.plan import speed_table
 from coordinator.served_model import open_model
-from coordinator.step_model import Choice, StepModel
+from coordinator.step_model import Choice, StepModel, precisions_of
 from shared.config import AUTO_WORKERS, PROJECT_ROOT, Settings, Sourced
 from shared.errors import ConfigError, MemoryPlanError
 from shared.messages import Precision
@@ -131,6 +131,18 @@ def test_measurements_of_a_machine_become_their_mean_in_the_precisions_of_all() 
     assert both.multiplying["int8"].alone[0] == pytest.approx(seconds)
     assert both.multiplying["fp32"].threaded[0] == pytest.approx(1.1 * seconds)
     assert both.exchanging == slow.exchanging
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_step_needs_no_more_measurements_than_are_said(
+    dtype: Precision, large: ModelConfig
+) -> None:
+    measured = made_up_machine()
+    whole = StepModel(measured, large, 8).step(choice(2, dtype=dtype), rows=8, logits=8, depth=100)
+    for other in measured.multiplying.keys() - precisions_of([dtype]):
+        del measured.multiplying[other]
+    again = StepModel(measured, large, 8).step(choice(2, dtype=dtype), rows=8, logits=8, depth=100)
+    assert again == whole
 
 
 # --- choice ---------------------------------------------------------------------------------------
