@@ -10,6 +10,9 @@ namespace tps {
     namespace level {      \
     extern const Kernels kernels[2]; \
     }
+#ifdef TPS_HAVE_AVX512BF16
+TPS_DECLARE(avx512bf16)
+#endif
 #ifdef TPS_HAVE_AVX512VNNI
 TPS_DECLARE(avx512vnni)
 #endif
@@ -42,6 +45,7 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #if defined(TPS_HAVE_AVXVNNI)
 // CPUID leaf 7, subleaf 1, EAX bit 4; not every compiler's __builtin_cpu_supports knows its name.
 bool has_avxvnni() {
@@ -62,8 +66,11 @@ Prefetch usual_prefetch() {
 
 // The best first.
 const Level kLevels[] = {
+#ifdef TPS_HAVE_AVX512BF16
+    {avx512bf16::kernels, has_avx512vnni() && __builtin_cpu_supports("avx512bf16")},
+#endif
 #ifdef TPS_HAVE_AVX512VNNI
-    {avx512vnni::kernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+    {avx512vnni::kernels, has_avx512vnni()},
 #endif
 #ifdef TPS_HAVE_AVX512
     {avx512::kernels, has_avx512()},

@@ -20,7 +20,6 @@ constexpr int kMostStreams = 4;
 constexpr int kTileTokens = 3, kTileBlocks = 1;  // 12 of 16
 constexpr int kMostStreams = 2;
 #endif
-constexpr size_t kChunkBytes = 384 << 10;  // of weights that stay in the L2 cache for all tiles
 constexpr int kStackDepth = 9;             // log2(kMaxSegments) + 1
 constexpr float kSmallest = 0x1p-100f;     // less than that is 0 in int8, as 127 over it may be infinite
 
@@ -36,6 +35,11 @@ constexpr int kPrefetchBytes = prefetch == kNear ? 4096 : 1024;
 template <Prefetch prefetch, Format format, int MT>
 constexpr bool kPrefetches = prefetch == kNear ? kQuantized<format> || MT <= 2
                                                : kQuantized<format> && MT == 1;
+// Whether the next chunk comes into the L2 cache while all tiles pass over the one that is there.
+template <Prefetch prefetch, Format format>
+constexpr bool kFetchesChunks = prefetch == kFar && kQuantized<format>;
+template <Prefetch prefetch, Format format>
+constexpr int kChunkBytes = kFetchesChunks<prefetch, format> ? 192 << 10 : 384 << 10;
 template <Prefetch prefetch, Format format>
 constexpr int kStreams = prefetch == kFar && kQuantized<format> ? kMostStreams : 2;
 
@@ -86,14 +90,56 @@ TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB]
         for (int m = 0; m < MT; ++m) acc[b][m] = add(acc[b][m], odd[b][m]);
 }
 
+#if defined(__AVX512BF16__)
+// bf16 weights where the processor multiplies pairs of bf16: activations are rounded to bf16, sums stay
+// floats. Pairs with even and odd numbers are summed apart.
+template <Prefetch prefetch, int NB, int MT>
+TPS_INLINE void accumulate_pairs(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB], const float* x,
+                                 size_t stride, int groups) {
+    constexpr int kRounded = 4;  // groups at once: what is rounded is not read back at once
+    f32x16 odd[NB][MT];
+    for (int b = 0; b < NB; ++b)
+        for (int m = 0; m < MT; ++m) odd[b][m] = zero();
+    alignas(64) uint16_t rounded[kRounded][MT][kGroup];
+    for (int first = 0; first < groups; first += kRounded) {
+        const int count = std::min(kRounded, groups - first);
+        for (int g = 0; g < count; ++g)
+            for (int m = 0; m < MT; ++m)
+                store_bf16(rounded[g][m], x + m * stride + size_t(first + g) * kGroup);
+        for (int g = 0; g < count; ++g) {
+            for (int b = 0; b < NB; ++b)
+                for (size_t line = 0; line < kGroupBytes<kBF16>; line += 64)
+                    fetch_ahead<prefetch, kBF16, MT>(w[b] + kPrefetchBytes<prefetch> + line);
+#pragma GCC unroll 4
+            for (int k = 0; k < kGroup; k += 4) {
+                bytes64 w0[NB], w1[NB];
+                for (int b = 0; b < NB; ++b) {
+                    w0[b] = load_bytes(w[b] + k * 32);
+                    w1[b] = load_bytes(w[b] + k * 32 + 64);
+                }
+                for (int m = 0; m < MT; ++m)
+                    for (int b = 0; b < NB; ++b) {
+                        acc[b][m] = dot_bf16(acc[b][m], w0[b], rounded[g][m] + k);
+                        odd[b][m] = dot_bf16(odd[b][m], w1[b], rounded[g][m] + k + 2);
+                    }
+            }
+            for (int b = 0; b < NB; ++b) w[b] += kGroupBytes<kBF16>;
+        }
+    }
+    for (int b = 0; b < NB; ++b)
+        for (int m = 0; m < MT; ++m) acc[b][m] = add(acc[b][m], odd[b][m]);
+}
+#endif
+
 // Quantised weights: the products of a group are summed in integers, exactly; then scaled. `left` are
 // the groups of the row blocks from the first one here on: what is fetched ahead skips what lies
-// between the numbers, or the scales, of a row block and those of the next one.
+// between the numbers, or the scales, of a row block and those of the next one. next_chunk: as for
+// linear_tile.
 template <Prefetch prefetch, Format format, int NB, int MT>
 TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB],
                                      const uint16_t* (&scales)[NB], const int8_t* x,
                                      const float* x_scales, const int32_t* offsets, int groups,
-                                     int left, int all_groups) {
+                                     int left, int all_groups, size_t next_chunk) {
     constexpr int kBytes = kPrefetchBytes<prefetch>, kAhead = kBytes / kGroupBytes<format>;
     constexpr int kScalesAhead = 32;
     for (int g = 0; g < groups; ++g, --left) {
@@ -102,6 +148,10 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
         const size_t scales_ahead = (kScalesAhead * kRowBlock) * sizeof(uint16_t) +
                                     (left > kScalesAhead ? 0 : size_t(all_groups) * kGroupBytes<format>);
         for (int b = 0; b < NB; ++b) __builtin_prefetch((const uint8_t*)scales[b] + scales_ahead);
+        if (kFetchesChunks<prefetch, format> && MT > 1 && next_chunk)
+            for (int b = 0; b < NB; ++b)
+                for (size_t line = 0; line < kGroupBytes<format>; line += 64)
+                    __builtin_prefetch(w[b] + next_chunk + line, 0, 2);
         i32x16 dot[NB][MT];
         for (int b = 0; b < NB; ++b)
             for (int m = 0; m < MT; ++m) dot[b][m] = set1_i32(offsets[m]);
@@ -147,10 +197,11 @@ TPS_INLINE void accumulate_quantized(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[
     }
 }
 
-// Row blocks block, block + apart, ... and MT tokens from `token` on.
+// Row blocks block, block + apart, ... and MT tokens from `token` on. next_chunk: bytes to the same row
+// block of the next chunk, if this is the tile that fetches it; else 0.
 template <Prefetch prefetch, Format format, int NB, int MT>
 void linear_tile(const Weight& weight, const Activations& x, const Output& out, int block, int apart,
-                 int token) {
+                 int token, size_t next_chunk) {
     const uint8_t* w[NB];
     const uint16_t* scales[NB];
     const size_t block_bytes = row_block_bytes(format, weight.groups);
@@ -169,11 +220,16 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
             const size_t first = size_t(token) * x.groups + size_t(group) * MT;
             accumulate_quantized<prefetch, format>(
                 acc, w, scales, x.quantized.numbers + first * kGroup, x.quantized.scales + first,
-                x.quantized.offsets + first, groups, weight.groups - group, weight.groups);
+                x.quantized.offsets + first, groups, weight.groups - group, weight.groups, next_chunk);
         } else {
             const size_t stride = size_t(x.groups) * kGroup;
-            accumulate_floats<prefetch, format>(acc, w, x.floats + token * stride + group * kGroup,
-                                                stride, groups);
+            const float* floats = x.floats + token * stride + group * kGroup;
+#if defined(__AVX512BF16__)
+            if constexpr (format == kBF16)
+                accumulate_pairs<prefetch>(acc, w, floats, stride, groups);
+            else
+#endif
+                accumulate_floats<prefetch, format>(acc, w, floats, stride, groups);
         }
         group += groups;
         for (int n = 0; n < weight.additions[s]; ++n) {
@@ -196,7 +252,7 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
 
 template <Prefetch prefetch, Format format, int MT>
 void linear_tokens(const Weight& weight, const Activations& x, const Output& out, int begin, int end,
-                   int token) {
+                   int token, size_t next_chunk) {
     int block = begin;
     if constexpr (MT == 1) {
         // Each stream goes through neighbouring row blocks, so that what is fetched ahead at the end of
@@ -204,21 +260,24 @@ void linear_tokens(const Weight& weight, const Activations& x, const Output& out
         constexpr int streams = kStreams<prefetch, format>;
         const int length = (end - begin) / streams;
         for (; block < begin + length; ++block)
-            linear_tile<prefetch, format, streams, 1>(weight, x, out, block, length, token);
+            linear_tile<prefetch, format, streams, 1>(weight, x, out, block, length, token, next_chunk);
         block = begin + length * streams;
     } else if constexpr (kTileBlocks > 1) {
         for (; block + kTileBlocks <= end; block += kTileBlocks)
-            linear_tile<prefetch, format, kTileBlocks, MT>(weight, x, out, block, 1, token);
+            linear_tile<prefetch, format, kTileBlocks, MT>(weight, x, out, block, 1, token, next_chunk);
     }
-    for (; block < end; ++block) linear_tile<prefetch, format, 1, MT>(weight, x, out, block, 1, token);
+    for (; block < end; ++block)
+        linear_tile<prefetch, format, 1, MT>(weight, x, out, block, 1, token, next_chunk);
 }
 
 template <Prefetch prefetch, Format format, int MT = kTileTokens>
 void linear_tokens_of(int count, const Weight& weight, const Activations& x, const Output& out,
-                      int begin, int end, int token) {
-    if (count == MT) return linear_tokens<prefetch, format, MT>(weight, x, out, begin, end, token);
+                      int begin, int end, int token, size_t next_chunk) {
+    if (count == MT)
+        return linear_tokens<prefetch, format, MT>(weight, x, out, begin, end, token, next_chunk);
     if constexpr (MT > 1)
-        linear_tokens_of<prefetch, format, MT - 1>(count, weight, x, out, begin, end, token);
+        linear_tokens_of<prefetch, format, MT - 1>(count, weight, x, out, begin, end, token,
+                                                   next_chunk);
 }
 
 template <Prefetch prefetch, Format format>
@@ -227,12 +286,14 @@ void linear_of(const Weight& weight, const Activations& x, const Output& out, in
     const size_t block_bytes = row_block_bytes(format, weight.groups);
     int chunk = end - begin;
     if (tiling.tiles > 1 && block_bytes > 0)
-        chunk = std::max(kTileBlocks, int(kChunkBytes / block_bytes) / kTileBlocks * kTileBlocks);
+        chunk = std::max(kTileBlocks, int(kChunkBytes<prefetch, format> / block_bytes) / kTileBlocks *
+                                          kTileBlocks);
     for (int first = begin; first < end; first += chunk) {
         const int last = std::min(first + chunk, end);
+        const size_t next_chunk = last < end ? chunk * block_bytes : 0;
         for (int tile = 0; tile < tiling.tiles; ++tile)
             linear_tokens_of<prefetch, format>(tiling.size(tile), weight, x, out, first, last,
-                                               tiling.begin(tile));
+                                               tiling.begin(tile), tile == 0 ? next_chunk : 0);
     }
 }
 

@@ -108,6 +108,19 @@ TPS_INLINE bytes64 high_nibbles(bytes64 v) {
 }
 TPS_INLINE void unpack(f32x16 v, float* lanes) { _mm512_storeu_ps(lanes, v); }
 
+#if defined(__AVX512BF16__)
+// 32 floats, rounded.
+TPS_INLINE void store_bf16(uint16_t* to, const float* from) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(from + 16), load(from)));
+}
+// acc + products of 16 pairs of weights with one pair of activations.
+TPS_INLINE f32x16 dot_bf16(f32x16 acc, bytes64 w, const uint16_t* two) {
+    int32_t a;
+    memcpy(&a, two, 4);
+    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(a));
+}
+#endif
+
 #if defined(__AVX512VNNI__)
 TPS_INLINE i32x16 dot_u8(i32x16 acc, bytes64 w, const int8_t* four) {
     int32_t a;

@@ -157,7 +157,8 @@ struct Tiling {
 // left alone, do not keep enough lines on their way: kNear asks for every line, 4 KiB ahead, into L1.
 // AMD's cores do, and asking takes the places from what they fetch by themselves: on Zen 4 one core
 // reading alone then gets 1.3 to 1.7 times as far without. kFar asks for the next KiB of quantised
-// weights only, into L2, where one token reads them (docs/performance.md).
+// weights only, into L2, where one token reads them; and where several tiles of tokens share a chunk of
+// weights, for the next chunk (docs/performance.md).
 enum Prefetch { kNear, kFar };
 
 // The kernels of one instruction set. Ranges are this thread's part of the work.

@@ -39,6 +39,7 @@ LEVELS: Mapping[str, Levels] = {
         "avxvnni": [*_AVX2, "-mavxvnni"],
         "avx512": _AVX512,
         "avx512vnni": [*_AVX512, "-mavx512vnni"],
+        "avx512bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
     },
     "aarch64": {"scalar": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
 }
