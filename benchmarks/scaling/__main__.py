@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,7 @@ def main() -> int:
     """Entry of the command; the exit code. Usage errors exit with 2."""
     parser = argument_parser()
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are to end with it
     folder = (
         args.resume or args.out or Path(f"tpserve-bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     )

@@ -3,6 +3,7 @@
 import csv
 import io
 import statistics
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -35,7 +36,7 @@ from tests.benchmarks.records import (
     made_up_record,
     sample,
 )
-from tests.e2e.server import run_tpserve
+from tests.e2e.server import TPSERVE, run_tpserve, wait_until
 
 DEMO = PROJECT_ROOT / "models" / "demo-story"
 
@@ -324,3 +325,30 @@ def test_a_small_real_run_is_kept_and_not_repeated(
     refused = run_tpserve(["bench", str(story_model), *flags, "--out", str(out)])
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
+
+
+def test_a_run_that_is_ended_ends_its_servers_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine.keep(machine.machine_file(), made_up_machine())
+    out = tmp_path / "out"
+    flags = ["--quick", "--workers", "1", "--prompt", "32", "--rounds", "1000"]
+    command = [TPSERVE, "bench", str(DEMO), *flags, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_until(lambda: (out / FILE_NAME).exists() and bool(load(out).samples), 120)
+        servers = children(process.pid)
+        assert servers
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"--resume {out}" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in servers)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
