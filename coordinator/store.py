@@ -19,7 +19,7 @@ from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from shared.config import without_password
 from shared.errors import ConfigError, DatabaseError, QueueFullError, TpserveError
@@ -31,6 +31,8 @@ T = TypeVar("T")
 _MIGRATIONS = Path(__file__).resolve().parent / "migrations"
 _MIGRATION_LOCK = 0x7470_7365  # any number: two servers that start at once must agree on it
 _BUSY_TIMEOUT_S = 5
+_CONNECT_S = 10
+"""In which a database server must have answered, unless its URL has a connect_timeout."""
 _MAX_WAITING = 1024
 _READS = "tpserve_reads"
 
@@ -174,7 +176,9 @@ class Store:
             try:
                 outcome = self._database.call(work, reads=reads)
             except DatabaseError as error:
-                log.error("%s", error.message, exc_info=error.__cause__)
+                # That it is away, full or locked takes a line, for each of many requests.
+                away = isinstance(error.__cause__, OperationalError)
+                log.error("%s", error.message, exc_info=None if away else error.__cause__)
                 outcome = error
             except TpserveError as error:
                 outcome = error
@@ -208,7 +212,8 @@ class Store:
 
 def _engine(url: str, file: Path | None) -> Engine:
     if file is None:
-        return create_engine(url, pool_size=1, pool_pre_ping=True)
+        limit = {} if "connect_timeout" in make_url(url).query else {"connect_timeout": _CONNECT_S}
+        return create_engine(url, pool_size=1, pool_pre_ping=True, connect_args=limit)
     engine = create_engine(url)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

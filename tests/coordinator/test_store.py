@@ -1,9 +1,11 @@
 """The database: made and brought up to date by itself, safe, and clear about what is wrong with it."""
 
 import select
+import socket
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -150,12 +152,15 @@ def test_a_full_database_refuses_and_recovers(store: Store) -> None:
     assert result(store, titles) == ["x"]
 
 
-def test_a_locked_database_is_an_error_and_then_serves_again(file: Path, store: Store) -> None:
+def test_a_locked_database_is_an_error_and_then_serves_again(
+    file: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     outcome = result(store, add)
     assert isinstance(outcome, DatabaseError)
     assert "locked: another program holds it" in outcome.message
+    assert [record.exc_info for record in caplog.records] == [None], "said in a line"
     assert result(store, titles, reads=True) == [], "reading goes on"
     other.execute("ROLLBACK")
     other.close()
@@ -197,6 +202,20 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(
         Store(url)
     assert "secret" not in caught.value.message
     assert url.partition("@")[2] in caught.value.message
+
+
+@pytest.mark.parametrize("query", ["", "?connect_timeout=2"])
+def test_a_database_server_that_does_not_answer_is_given_up(
+    query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("psycopg")
+    monkeypatch.setattr("coordinator.store._CONNECT_S", 2 if not query else 60)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="is the database server running"):
+            Store(f"postgresql+psycopg://someone@127.0.0.1:{port}/tpserve{query}")
+        assert time.monotonic() - began < 30
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
