@@ -70,13 +70,13 @@ def main() -> None:
     """Answer the lines of standard input."""
     library = native_library()
     print(json.dumps({"kernels": describe(library)}), flush=True)
-    layers: _Layers | None = None
+    layers: Layers | None = None
     for line in sys.stdin:
         answer: dict[str, float] = {}
         match json.loads(line):
             case {"weights": dtype, "bytes": size, "threads": threads}:
                 layers = None  # gives the memory of the last ones back
-                layers = _Layers(dtype, size, threads)
+                layers = Layers(dtype, size, threads)
                 answer = {"bytes": layers.weight_bytes}
             case {"rows": rows}:
                 assert layers is not None, "weights come first"
@@ -99,7 +99,7 @@ def _usual_s(work: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-class _Layers:
+class Layers:
     """Layers of TinyLlama-1.1B's shape, with all that a step does in them, at the first position."""
 
     def __init__(self, dtype: Precision, size: int, threads: int) -> None:
