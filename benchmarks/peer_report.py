@@ -91,16 +91,29 @@ def read_report(path: Path | None, facts: dict[str, str]) -> Report:
     return Report(content["facts"], parts)
 
 
+_BAR, _EDGES = 0.2, 0.6
+"""Inches: of a bar, and of what a panel has besides."""
+
+
 def _draw(parts: list[Measured], path: Path) -> None:
-    """A panel for each part, bars from zero."""
+    """A panel for each part, two beside each other; bars from zero, tpserve's in a colour of their own."""
     mpl.use("Agg")
-    figure = Figure(figsize=(9, 1 + 2.2 * len(parts)), layout="constrained")
-    panels = figure.subplots(max(1, len(parts)), squeeze=False).flatten()
+    rows = [parts[i : i + 2] for i in range(0, len(parts), 2)] or [[]]
+    heights = [_EDGES + _BAR * max((len(part.medians) for part in row), default=1) for row in rows]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False, height_ratios=heights).flatten()
     for axes, part in zip(panels, parts, strict=False):
-        bars = axes.barh(range(len(part.medians)), list(part.medians.values()))
-        axes.bar_label(bars, fmt="{:,.1f}", fontsize=7, padding=2)
+        colors = ["C0" if name.startswith("tpserve") else "silver" for name in part.medians]
+        values = list(part.medians.values())
+        bars = axes.barh(range(len(values)), values, color=colors)
+        labels = [f"{value:,.{2 if value < 10 else 1 if value < 1000 else 0}f}" for value in values]
+        axes.bar_label(bars, labels, fontsize=7, padding=2)
+        axes.set_xlim(0, 1.15 * max(values))  # room for the labels
         axes.set_yticks(range(len(part.medians)), list(part.medians), fontsize=7)
         axes.invert_yaxis()
-        axes.set_title(f"{part.title}, {part.unit}", fontsize=10)
+        axes.set_title(f"{part.title}, {part.unit}", fontsize=9)
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(True, axis="x", alpha=0.3)
-    figure.savefig(path, format="png", dpi=150)
+    for axes in panels[len(parts) :]:
+        axes.set_visible(False)
+    figure.savefig(path, format="png", dpi=120)

@@ -1,10 +1,11 @@
 """The pictures of a run: throughput, speed-up against ideal, where a step's time goes, roofline."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,75 +34,74 @@ def plot(record: Record, folder: Path) -> None:
 
 def _throughput(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
     """Bars from zero, a panel for each test."""
-    tests = list(dict.fromkeys(row.test for row in rows))
-    names = list(dict.fromkeys(row.configuration.name for row in rows))
-    across = min(_PANELS, len(tests))
-    down = -(-len(tests) // across)
-    figure.set_size_inches(9, max(3, down * (1.0 + 0.25 * len(names))))
-    panels = figure.subplots(down, across, squeeze=False).flatten()
-    for axes, test in zip(panels, tests, strict=False):
-        own = {row.configuration.name: row.tokens_per_s for row in rows if row.test == test}
-        at = [names.index(name) for name in own]
-        medians = [spread.median for spread in own.values()]
-        ranges = [
-            [spread.median - spread.low for spread in own.values()],
-            [spread.high - spread.median for spread in own.values()],
-        ]
-        axes.barh(at, medians, xerr=ranges, error_kw={"linewidth": 0.8})
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(test.name, fontsize=10)
-        axes.grid(True, axis="x", alpha=0.3)
-    for axes in panels[len(tests) :]:
-        axes.set_visible(False)
+    for axes, at, own in _panels(figure, rows):
+        spreads = [row.tokens_per_s for row in own]
+        ranges = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        axes.barh(at, [s.median for s in spreads], xerr=ranges, error_kw={"linewidth": 0.8})
     figure.suptitle("Tokens per second; lines: lowest and highest round", fontsize=11)
 
 
 def _speed_up(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
-    """Over cores in use, a line for each test and precision."""
+    """Over workers of the fewest threads, a line for each test and precision."""
     axes = figure.add_subplot()
     cores = record.machine.cores
-    series: dict[str, dict[int, Row]] = {}
+    threads = min((row.configuration.threads for row in rows), default=1)
+    series: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row.speed_up is not None:
-            best = series.setdefault(f"{row.test.name}, {row.configuration.dtype}", {})
-            workers = row.configuration.workers
-            if workers not in best or best[workers].speed_up.median < row.speed_up.median:  # type: ignore[union-attr]
-                best[workers] = row
-    most = max((row.configuration.workers for row in rows), default=1)
-    axes.plot([1, most], [1, most], color="gray", linestyle=":", label="ideal")
-    for name, by_workers in series.items():
-        at = sorted(by_workers)
-        values = [by_workers[workers].speed_up for workers in at]
-        axes.plot(at, [v.median for v in values if v is not None], marker="o", label=name)
-    if most > cores:
-        axes.axvline(cores, color="gray", linewidth=0.8, label=f"{cores} cores")
-    axes.set_xticks(sorted({row.configuration.workers for row in rows}))
-    axes.set_xlabel("workers (the best number of threads)")
-    axes.set_ylabel("times the speed of the fewest workers and threads")
+        if row.speed_up is not None and row.configuration.threads == threads:
+            line = series.setdefault(f"{row.test.name}, {row.configuration.dtype}", {})
+            best = max(line.get(row.configuration.workers, 0.0), row.speed_up.median)
+            line[row.configuration.workers] = best
+    counts = sorted({row.configuration.workers for row in rows})
+    least = min(counts, default=1)
+    ideal = [min(workers, max(least, cores / threads)) / least for workers in counts]
+    axes.plot(counts, ideal, color="gray", linestyle=":", label=f"ideal on {cores} cores")
+    for name, line in series.items():
+        at = sorted(line)
+        axes.plot(at, [line[workers] for workers in at], marker="o", label=name)
+    axes.set_xticks(counts)
+    axes.set_xlabel("workers of one thread" if threads == 1 else f"workers of {threads} threads")
+    axes.set_ylabel("times the speed of the fewest workers")
     _finish(axes, "Speed-up")
 
 
 def _latency(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
-    """Stacked: a decode step's compute, all-reduce, and the rest."""
-    axes = figure.add_subplot()
-    own = [row for row in rows if row.test.kind == "decode"]
-    labels = [f"{row.configuration.name}\n{row.test.name}" for row in own]
+    """Stacked, a panel for each test: a decode step's compute, all-reduce, and the rest."""
     parts: dict[str, Callable[[Row], float]] = {
         "reading at the measured bandwidth": lambda row: min(row.reading_s, row.split.compute_s),
         "computing beyond that": lambda row: max(0.0, row.split.compute_s - row.reading_s),
         "all-reduce": lambda row: row.split.comm_s,
         "neither": lambda row: row.split.other_s,
     }
-    left = np.zeros(len(own))
-    for name, of in parts.items():
-        values = np.array([1e3 * of(row) for row in own])
-        axes.barh(range(len(own)), values, left=left, label=name)
-        left += values
-    axes.set_yticks(range(len(own)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds of a step")
-    _finish(axes, "Where a decode step's time goes")
+    handles: list[Artist] = []
+    for axes, at, own in _panels(figure, [row for row in rows if row.test.kind == "decode"]):
+        handles, left = [], np.zeros(len(own))
+        for of in parts.values():
+            values = np.array([1e3 * of(row) for row in own])
+            handles.append(axes.barh(at, values, left=left).patches[0])
+            left += values
+    if handles:
+        figure.legend(handles, parts, loc="outside lower center", ncols=len(parts), fontsize=8)
+    figure.suptitle("Where a decode step's time goes, in milliseconds", fontsize=11)
+
+
+def _panels(figure: Figure, rows: Sequence[Row]) -> Iterator[tuple[Axes, list[int], list[Row]]]:
+    """For each test its panel and its rows, with their places on the axis of configurations."""
+    tests = list(dict.fromkeys(row.test for row in rows))
+    names = list(dict.fromkeys(row.configuration.name for row in rows))
+    across = max(1, min(_PANELS, len(tests)))
+    down = max(1, -(-len(tests) // across))
+    figure.set_size_inches(9, max(3, down * (1.0 + 0.25 * len(names))))
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, test in zip(panels, tests, strict=False):
+        own = [row for row in rows if row.test == test]
+        yield axes, [names.index(row.configuration.name) for row in own], own
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(test.name, fontsize=10)
+        axes.grid(True, axis="x", alpha=0.3)
+    for axes in panels[len(tests) :]:
+        axes.set_visible(False)
 
 
 def _roofline(figure: Figure, record: Record, rows: Sequence[Row]) -> None:
