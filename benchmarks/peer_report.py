@@ -111,7 +111,7 @@ def _draw(parts: list[Measured], path: Path) -> None:
         axes.set_xlim(0, 1.15 * max(values))  # room for the labels
         axes.set_yticks(range(len(part.medians)), list(part.medians), fontsize=7)
         axes.invert_yaxis()
-        axes.set_title(f"{part.title}, {part.unit}", fontsize=9)
+        axes.set_title(f"{part.title}, {part.unit}", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.grid(True, axis="x", alpha=0.3)
     for axes in panels[len(parts) :]:

@@ -20,6 +20,6 @@ if [[ ! -d $triton ]]; then
 fi
 cd "$project_root"
 export PYTHONPATH=$triton TRITON_CACHE_DIR=$root/build/triton-cache
-"$venv/bin/python" -m pytest -q tests/worker/test_triton_compiled.py
-TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q \
+"$venv/bin/python" -m pytest -q --numprocesses 2 tests/worker/test_triton_compiled.py
+TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q --numprocesses 2 \
     tests/worker/test_triton_kernels.py tests/worker/test_deterministic.py

@@ -772,7 +772,12 @@ constexpr Kernels kernels_with = {
 
 }  // namespace
 
+#if defined(__AVX2__)
+constexpr Prefetch kOther = kFar;
+#else
+constexpr Prefetch kOther = kNear;  // a processor without AVX2 is none of those that it was measured on
+#endif
 extern const Kernels kernels[2];
-const Kernels kernels[2] = {kernels_with<kNear>, kernels_with<kFar>};
+const Kernels kernels[2] = {kernels_with<kNear>, kernels_with<kOther>};
 
 }  // namespace tps::TPS_LEVEL
