@@ -14,10 +14,11 @@ import shutil
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from benchmarks.interleaved import Ratio, interleave
 from benchmarks.scaling.tables import table
 from shared.messages import Precision
 from shared.precision import BYTES_PER_WEIGHT
@@ -42,10 +43,9 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     lines = []
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpserve-")))
+    with tempfile.TemporaryDirectory(prefix="tpserve-") as folder:
         for dtype in args.dtype.split(","):
-            made = {way: _layers(way, dtype, folder) for way in args.way}
+            made = {way: _layers(way, dtype, Path(folder)) for way in args.way}
             for rows in map(int, args.rows.split(",")):
                 lines += _measure(made, dtype, rows, args.rounds)
     columns = ("way", "dtype", "rows", "GB/s", "slow and fast tenth", "GOPS", f"/ {args.way[0]}")
@@ -75,23 +75,24 @@ def _measure(
     made: dict[str, Layers], dtype: Precision, rows: int, rounds: int
 ) -> list[tuple[str, ...]]:
     """Lines of the table."""
-    seconds: dict[str, list[float]] = {way: [] for way in made}
-    for round_ in range(rounds + 1):
-        for way, layers in made.items():
-            began = time.perf_counter()
-            layers.compute(rows)
-            if round_:  # the first one warms up
-                seconds[way].append(time.perf_counter() - began)
-    first = statistics.median(next(iter(seconds.values())))
+    contenders = {way: partial(_gigabytes_per_s, layers, rows) for way, layers in made.items()}
+    samples = interleave(contenders, rounds).samples
+    first = next(iter(made))
     lines: list[tuple[str, ...]] = []
-    for way, times in seconds.items():
-        usual, size = statistics.median(times), made[way].weight_bytes
-        ordered, tenth = sorted(times), len(times) // 10
-        slow, fast = (size / one / 1e9 for one in (ordered[-1 - tenth], ordered[tenth]))
-        operations = 2 * rows * size / BYTES_PER_WEIGHT[dtype] / usual
-        line = (f"{size / usual / 1e9:.1f}", f"{slow:.1f} to {fast:.1f}", f"{operations / 1e9:.0f}")
-        lines.append((way, dtype, str(rows), *line, f"{first / usual:.2f}"))
+    for way, speeds in samples.items():
+        ordered, tenth, usual = sorted(speeds), len(speeds) // 10, statistics.median(speeds)
+        operations = 2 * rows * usual / BYTES_PER_WEIGHT[dtype]
+        spread = f"{ordered[tenth]:.1f} to {ordered[-1 - tenth]:.1f}"
+        ratio = Ratio(way, first).value(samples)
+        line = (f"{usual:.1f}", spread, f"{operations:.0f}", f"{ratio:.2f}")
+        lines.append((way, dtype, str(rows), *line))
     return lines
+
+
+def _gigabytes_per_s(layers: Layers, rows: int) -> float:
+    began = time.perf_counter()
+    layers.compute(rows)
+    return layers.weight_bytes / 1e9 / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":
