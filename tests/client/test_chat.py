@@ -146,8 +146,9 @@ def test_an_error_does_not_end_a_conversation(make_peer: MakePeer, state: dict[s
     with at_terminal("chat", *flags, env=state) as terminal:
         ask(terminal, "first")
         terminal.wait_for("user: first")
+        terminal.wait_for(">")  # the end of the answer has arrived
         peer.close()
-        ask(terminal, "lost")
+        terminal.type("lost\r")
         terminal.wait_for("tpserve: error: ")
         again = make_peer(address=peer.address)
         ask(terminal, "second")

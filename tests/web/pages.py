@@ -50,6 +50,12 @@ class WebServer:
             yield
 
     @contextmanager
+    def not_answering(self) -> Iterator[None]:
+        """Requests of the page arrive, and are answered afterwards only."""
+        with _suspended([self.gateway()]):
+            yield
+
+    @contextmanager
     def in_mid_answer(self, page: Page, selector: str, begin: Callable[[], None]) -> Iterator[None]:
         """What `begin` asks for has its first words in the page, and gets no more meanwhile."""
         workers = self.process.workers()

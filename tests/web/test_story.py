@@ -9,7 +9,7 @@ pytest.importorskip("playwright", reason="the Python package playwright is not i
 
 from playwright.sync_api import Page, expect
 
-from tests.web.pages import session_of, wait_idle, wait_written
+from tests.web.pages import WebServer, session_of, wait_idle, wait_written
 
 OpenPage = Callable[..., Page]
 NewSession = Callable[..., str]
@@ -111,6 +111,21 @@ def test_choosing_among_continuations(open_page: OpenPage, new_session: NewSessi
         assert editor_text(page).startswith(BEGINNING)
         assert editor_text(page).removeprefix(BEGINNING).strip() == text
     assert first.removeprefix(BEGINNING).strip() in texts
+
+
+def test_of_several_quick_choices_the_last_one_counts(
+    open_page: OpenPage, new_session: NewSession, server: WebServer
+) -> None:
+    page = open_page(new_session("story", temperature=1, seed=1, max_tokens=12))
+    page.get_by_label("Story", exact=True).fill(BEGINNING)
+    page.get_by_label("Continuations", exact=True).select_option("3")
+    go_on(page)
+    cards = page.get_by_role("group", name="Choices").get_by_role("button")
+    with server.not_answering():
+        for card in cards.all():
+            card.click()
+    expect(cards.last).to_have_attribute("aria-pressed", "true")
+    assert editor_text(page).endswith(cards.last.locator(".text").inner_text())
 
 
 def test_another_word_can_be_chosen_after_a_reload(
