@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests: tests/run.sh [pytest arguments]. Sets .venv and the native library up as launch.sh
-# does, and adds pytest. Without arguments it runs all of them, three files at a time: most wait for
+# does, and adds pytest. Without arguments it runs all of them, two files at a time: most wait for
 # processes that start.
 set -euo pipefail
 
@@ -14,6 +14,6 @@ prepare_venv dev
 prepare_native
 cd "$project_root"
 if (($# == 0)); then
-    set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
+    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi
 exec "$venv/bin/python" -m pytest "$@"

@@ -142,6 +142,17 @@ def linear(
     threads: int = 1,
 ) -> Floats:
     """norm(x) * channel times `weight` transposed: the norm is what makes a linear's input."""
+    return linear_bench(weight, x, dtype, channel, threads).run(rows_step(len(x)))
+
+
+def linear_bench(
+    weight: npt.NDArray[Any],
+    x: npt.NDArray[Any],
+    dtype: Precision,
+    channel: npt.NDArray[Any] | None = None,
+    threads: int = 1,
+) -> Bench:
+    """For `linear` of some of the rows of x."""
     bench = Bench(dtype, threads=threads)
     scale = np.ones(x.shape[1]) if channel is None else channel
 
@@ -151,7 +162,7 @@ def linear(
         return ops.linear(value, ops.weight(source(tensor(weight))))
 
     bench.record(build, NO_HEADS)
-    return bench.run(rows_step(len(x)))
+    return bench
 
 
 def unpacked(weight: npt.NDArray[Any], dtype: Precision) -> Floats:
@@ -233,6 +244,18 @@ def test_accuracy_of_packed_tiny_weights(dtype: Precision, magnitude: float) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_is_to_the_bit_the_same_for_a_token_alone_and_among_any_number(
+    dtype: Precision,
+) -> None:
+    rng = np.random.default_rng(8)
+    weight, x = rng.standard_normal((90, 160)), rng.standard_normal((66, 160))
+    bench = linear_bench(weight, x, dtype, threads=2)
+    among_all = bench.run(rows_step(len(x)))
+    for count in range(1, len(x)):
+        assert np.array_equal(bench.run(rows_step(count)), among_all[:count]), count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 31])
 def test_accuracy_of_a_weight_that_is_not_finite_does_not_become_a_number(
@@ -275,7 +298,7 @@ def multiplies_bf16() -> bool:
     """Whether this level of instructions rounds the activations of bf16 weights to bf16."""
     library = native_library()
     assert library is not None
-    return isa_of(library) == "avx512bf16"
+    return isa_of(library) in ("avx512bf16", "amx")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

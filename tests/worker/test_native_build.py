@@ -513,6 +513,6 @@ def disassemble(library: Path, *options: str) -> str:
 @needs_objdump
 @only_x86
 @pytest.mark.skipif(not LIBRARY.exists(), reason="the native library is not built")
-@pytest.mark.parametrize("instruction", ["vpdpbusd", "vdpbf16ps"])
+@pytest.mark.parametrize("instruction", ["vpdpbusd", "vdpbf16ps", "tdpbf16ps"])
 def test_kernels_use_the_dot_product_instructions(instruction: str) -> None:
     assert instruction in disassemble(LIBRARY)

@@ -1,5 +1,10 @@
 #include "dispatch.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -10,6 +15,9 @@ namespace tps {
     namespace level {      \
     extern const Kernels kernels[2]; \
     }
+#ifdef TPS_HAVE_AMX
+TPS_DECLARE(amx)
+#endif
 #ifdef TPS_HAVE_AVX512BF16
 TPS_DECLARE(avx512bf16)
 #endif
@@ -46,6 +54,17 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+#if defined(TPS_HAVE_AMX)
+// CPUID leaf 7, EDX bits 22 (bf16) and 24 (tiles). The system lets only a process use them that has asked.
+bool has_amx() {
+    uint32_t a = 7, b = 0, c = 0, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    constexpr uint32_t wanted = 1u << 22 | 1u << 24;
+    constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return (d & wanted) == wanted && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
 #if defined(TPS_HAVE_AVXVNNI)
 // CPUID leaf 7, subleaf 1, EAX bit 4; not every compiler's __builtin_cpu_supports knows its name.
 bool has_avxvnni() {
@@ -66,8 +85,11 @@ Prefetch usual_prefetch() {
 
 // The best first.
 const Level kLevels[] = {
+#ifdef TPS_HAVE_AMX
+    {amx::kernels, has_avx512bf16() && has_amx()},
+#endif
 #ifdef TPS_HAVE_AVX512BF16
-    {avx512bf16::kernels, has_avx512vnni() && __builtin_cpu_supports("avx512bf16")},
+    {avx512bf16::kernels, has_avx512bf16()},
 #endif
 #ifdef TPS_HAVE_AVX512VNNI
     {avx512vnni::kernels, has_avx512vnni()},

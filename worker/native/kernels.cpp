@@ -9,6 +9,7 @@
 #include "sampling.h"
 #include "simd.h"
 #include "tensors.h"
+#include "tile_linear.h"
 
 namespace tps::TPS_LEVEL {
 namespace {
@@ -282,6 +283,9 @@ void linear_tokens_of(int count, const Weight& weight, const Activations& x, con
 
 template <Prefetch prefetch, Format format>
 void linear_of(const Weight& weight, const Activations& x, const Output& out, int begin, int end) {
+#if defined(__AMX_TILE__)
+    if constexpr (format == kBF16) return linear_in_tiles(weight, x, out, begin, end);
+#endif
     const Tiling tiling(x.tokens, kTileTokens);
     const size_t block_bytes = row_block_bytes(format, weight.groups);
     int chunk = end - begin;

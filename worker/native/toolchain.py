@@ -30,6 +30,7 @@ LINK_STATIC = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2]
+_AVX512_BF16 = [*_AVX512, "-mavx512vnni", "-mavx512bf16"]
 Levels = Mapping[str, Sequence[str]]
 """Compiler flags by level of vector instructions, the level that needs least first."""
 LEVELS: Mapping[str, Levels] = {
@@ -39,7 +40,8 @@ LEVELS: Mapping[str, Levels] = {
         "avxvnni": [*_AVX2, "-mavxvnni"],
         "avx512": _AVX512,
         "avx512vnni": [*_AVX512, "-mavx512vnni"],
-        "avx512bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "avx512bf16": _AVX512_BF16,
+        "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"scalar": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
 }
