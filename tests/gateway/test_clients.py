@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from client.zmq_client import Client
 from tests.e2e.server import Server, wait_until
 from tests.gateway.process import GatewayProcess
+from tests.processes import suspended
 
 ENDLESS: dict[str, Any] = {"model": "story", "prompt": "Once", "ignore_eos": True, "stream": True}
 """With max_tokens left to each test: the context is where it ends."""
@@ -154,22 +154,17 @@ def test_a_full_queue_is_429_with_a_time_to_try_again() -> None:
     with (
         Server("--queue-limit", "1", "--max-num-seqs", "1", "--kv-memory", "64M") as server,
         GatewayProcess(server.wait_ready()) as gateway,
+        Client(server.address) as client,
         gateway.http() as http,
+        suspended(server.workers()),
     ):
-        held = [
-            raw_post(gateway.port, {**ENDLESS, "max_tokens": 400, "temperature": 1})
-            for _ in range(8)
-        ]
-        answers: list[httpx.Response] = []
-
-        def is_full() -> bool:
-            answers.append(http.post("/v1/completions", json={"model": "story", "prompt": "x"}))
-            return answers[-1].status_code == 429
-
-        assert wait_until(is_full, 20)
-        assert answers[-1].json()["error"]["code"] == "queue_full"
-        assert answers[-1].json()["error"]["type"] == "rate_limit_error"
-        assert int(answers[-1].headers["retry-after"]) >= 1
+        held = [raw_post(gateway.port, {**ENDLESS, "max_tokens": 400}) for _ in range(8)]
+        assert wait_until(lambda: running(client) == 2, 20)
+        answer = http.post("/v1/completions", json={"model": "story", "prompt": "x"})
+        assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert int(answer.headers["retry-after"]) >= 1
         for connection in held:
             connection.close()
 

@@ -3,13 +3,14 @@
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 from playwright.sync_api import Page, expect
 
 from tests.e2e.server import Server
+from tests.processes import suspended
 
 
 class WebServer:
@@ -46,20 +47,20 @@ class WebServer:
     @contextmanager
     def standing_still(self) -> Iterator[None]:
         """Nothing is computed meanwhile: an answer that is asked for does not end."""
-        with _suspended(self.process.workers()):
+        with suspended(self.process.workers()):
             yield
 
     @contextmanager
     def not_answering(self) -> Iterator[None]:
         """Requests of the page arrive, and are answered afterwards only."""
-        with _suspended([self.gateway()]):
+        with suspended([self.gateway()]):
             yield
 
     @contextmanager
     def in_mid_answer(self, page: Page, selector: str, begin: Callable[[], None]) -> Iterator[None]:
         """What `begin` asks for has its first words in the page, and gets no more meanwhile."""
         workers = self.process.workers()
-        with _suspended(workers):
+        with suspended(workers):
             begin()
             words = page.locator(selector)
             while not words.count() or len(words.first.inner_text().strip()) <= 8:
@@ -75,20 +76,8 @@ class WebServer:
     def without_new_workers(self) -> Iterator[None]:
         """Those that are lost meanwhile are replaced at the end only."""
         children = psutil.Process(self.process.process.pid).children()
-        with _suspended([c for c in children if "worker.fork_server" in c.cmdline()]):
+        with suspended([c for c in children if "worker.fork_server" in c.cmdline()]):
             yield
-
-
-@contextmanager
-def _suspended(processes: list[psutil.Process]) -> Iterator[None]:
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):  # it may have been ended meanwhile
-                process.resume()
 
 
 def say(page: Page, text: str) -> str:
