@@ -50,19 +50,36 @@ TPS_INLINE void fetch_ahead(const uint8_t* line) {
         __builtin_prefetch(line, 0, prefetch == kNear ? 3 : 2);  // into L1, or into L2
 }
 
+// One group of each row block.
+template <Prefetch prefetch, Format format, int NB, int MT>
+TPS_INLINE void fetch_groups_ahead(const uint8_t* const (&w)[NB]) {
+    for (int b = 0; b < NB; ++b)
+        for (size_t line = 0; line < kGroupBytes<format>; line += 64)
+            fetch_ahead<prefetch, format, MT>(w[b] + kPrefetchBytes<prefetch> + line);
+}
+
 // --- linear ---------------------------------------------------------------------------------------
+
+template <int NB, int MT>
+TPS_INLINE void clear(f32x16 (&sums)[NB][MT]) {
+    for (int b = 0; b < NB; ++b)
+        for (int m = 0; m < MT; ++m) sums[b][m] = zero();
+}
+
+template <int NB, int MT>
+TPS_INLINE void add_all(f32x16 (&sums)[NB][MT], const f32x16 (&others)[NB][MT]) {
+    for (int b = 0; b < NB; ++b)
+        for (int m = 0; m < MT; ++m) sums[b][m] = add(sums[b][m], others[b][m]);
+}
 
 // Weights in floats: even and odd columns are summed apart, which halves the waiting for sums.
 template <Prefetch prefetch, Format format, int NB, int MT>
 TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB], const float* x,
                                   size_t stride, int groups) {
     f32x16 odd[NB][MT];
-    for (int b = 0; b < NB; ++b)
-        for (int m = 0; m < MT; ++m) odd[b][m] = zero();
+    clear(odd);
     for (int g = 0; g < groups; ++g, x += kGroup) {
-        for (int b = 0; b < NB; ++b)
-            for (size_t line = 0; line < kGroupBytes<format>; line += 64)
-                fetch_ahead<prefetch, format, MT>(w[b] + kPrefetchBytes<prefetch> + line);
+        fetch_groups_ahead<prefetch, format, NB, MT>(w);
 #pragma GCC unroll 4
         for (int k = 0; k < kGroup; k += 2) {
             f32x16 w0[NB], w1[NB];
@@ -87,8 +104,7 @@ TPS_INLINE void accumulate_floats(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB]
         }
         for (int b = 0; b < NB; ++b) w[b] += kGroupBytes<format>;
     }
-    for (int b = 0; b < NB; ++b)
-        for (int m = 0; m < MT; ++m) acc[b][m] = add(acc[b][m], odd[b][m]);
+    add_all(acc, odd);
 }
 
 #if defined(__AVX512BF16__)
@@ -99,8 +115,7 @@ TPS_INLINE void accumulate_pairs(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB],
                                  size_t stride, int groups) {
     constexpr int kRounded = 4;  // groups at once: what is rounded is not read back at once
     f32x16 odd[NB][MT];
-    for (int b = 0; b < NB; ++b)
-        for (int m = 0; m < MT; ++m) odd[b][m] = zero();
+    clear(odd);
     alignas(64) uint16_t rounded[kRounded][MT][kGroup];
     for (int first = 0; first < groups; first += kRounded) {
         const int count = std::min(kRounded, groups - first);
@@ -108,9 +123,7 @@ TPS_INLINE void accumulate_pairs(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB],
             for (int m = 0; m < MT; ++m)
                 store_bf16(rounded[g][m], x + m * stride + size_t(first + g) * kGroup);
         for (int g = 0; g < count; ++g) {
-            for (int b = 0; b < NB; ++b)
-                for (size_t line = 0; line < kGroupBytes<kBF16>; line += 64)
-                    fetch_ahead<prefetch, kBF16, MT>(w[b] + kPrefetchBytes<prefetch> + line);
+            fetch_groups_ahead<prefetch, kBF16, NB, MT>(w);
 #pragma GCC unroll 4
             for (int k = 0; k < kGroup; k += 4) {
                 bytes64 w0[NB], w1[NB];
@@ -127,8 +140,7 @@ TPS_INLINE void accumulate_pairs(f32x16 (&acc)[NB][MT], const uint8_t* (&w)[NB],
             for (int b = 0; b < NB; ++b) w[b] += kGroupBytes<kBF16>;
         }
     }
-    for (int b = 0; b < NB; ++b)
-        for (int m = 0; m < MT; ++m) acc[b][m] = add(acc[b][m], odd[b][m]);
+    add_all(acc, odd);
 }
 #endif
 
@@ -214,8 +226,7 @@ void linear_tile(const Weight& weight, const Activations& x, const Output& out, 
     int top = 0, group = 0;
     for (int s = 0; s < weight.segments; ++s) {
         f32x16 acc[NB][MT];
-        for (int b = 0; b < NB; ++b)
-            for (int m = 0; m < MT; ++m) acc[b][m] = zero();
+        clear(acc);
         const int groups = weight.segment_groups[s];
         if constexpr (kQuantized<format>) {
             const size_t first = size_t(token) * x.groups + size_t(group) * MT;
