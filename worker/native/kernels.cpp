@@ -9,6 +9,7 @@
 #include "sampling.h"
 #include "simd.h"
 #include "tensors.h"
+#include "tile_attention.h"
 #include "tile_linear.h"
 
 namespace tps::TPS_LEVEL {
@@ -422,6 +423,15 @@ TPS_INLINE void store_pair(const KVLayer& kv, size_t block, int offset, const fl
     for (int i = 0; i < d; ++i) values[i] = convert(value[i]);
 }
 
+// Two rows [16] or [head_dim] become one of pairs.
+void store_bf16_pair(const KVLayer& kv, size_t block, int offset, const float* key, const float* value) {
+    const int d = kv.head_dim;
+    uint16_t* keys = (uint16_t*)kv.keys + block * d * kBlockTokens + offset * 2;
+    uint16_t* values = (uint16_t*)kv.values + (block * kBlockTokens + offset / 2 * 2) * d + offset % 2;
+    for (int i = 0; i < d; ++i) keys[i / 2 * 2 * kBlockTokens + i % 2] = bf16_of(key[i]);
+    for (int i = 0; i < d; ++i) values[i * 2] = bf16_of(value[i]);
+}
+
 TPS_INLINE float largest_of(const float* x, int count) {
     float largest = 0;
     for (int i = 0; i < count; ++i) {
@@ -436,7 +446,7 @@ void store_kv(const KVLayer& kv, int kv_head, int block_index, int offset, const
     const size_t block = size_t(kv_head) * kv.blocks + block_index;
     switch (kv.format) {
         case kF32: return store_pair<float>(kv, block, offset, key, value, [](float f) { return f; });
-        case kBF16: return store_pair<uint16_t>(kv, block, offset, key, value, bf16_of);
+        case kBF16: return store_bf16_pair(kv, block, offset, key, value);
         case kF16: return store_pair<uint16_t>(kv, block, offset, key, value, f16_of);
         default: break;
     }
@@ -458,7 +468,6 @@ void store_kv(const KVLayer& kv, int kv_head, int block_index, int offset, const
 template <Format format>
 TPS_INLINE f32x16 load_as(const uint8_t* base, size_t at) {
     if constexpr (format == kF32) return load((const float*)base + at);
-    if constexpr (format == kBF16) return load_bf16((const uint16_t*)base + at);
     if constexpr (format == kF16) return load_f16((const uint16_t*)base + at);
     return load_i8((const int8_t*)base + at);
 }
@@ -485,10 +494,25 @@ void load_block(const KVLayer& kv, size_t block, float* keys, float* values) {
     }
 }
 
+// Rows of pairs [2 rows / 2][columns][2] -> [rows][columns].
+void load_pairs(const uint8_t* pairs, int rows, int columns, float* to) {
+    for (int row = 0; row < rows; row += 2)
+        for (int i = 0; i < columns; i += 16) {
+            f32x16 even, odd;
+            load_bf16_pairs(pairs + (row * columns + 2 * i) * sizeof(uint16_t), even, odd);
+            store(to + row * columns + i, even);
+            store(to + (row + 1) * columns + i, odd);
+        }
+}
+
 void load_block_of(const KVLayer& kv, size_t block, float* keys, float* values) {
     switch (kv.format) {
         case kF32: return load_block<kF32>(kv, block, keys, values);
-        case kBF16: return load_block<kBF16>(kv, block, keys, values);
+        case kBF16: {
+            const size_t first = block * kv.head_dim * kBlockTokens * sizeof(uint16_t);
+            load_pairs(kv.keys + first, kv.head_dim, kBlockTokens, keys);
+            return load_pairs(kv.values + first, kBlockTokens, kv.head_dim, values);
+        }
         case kF16: return load_block<kF16>(kv, block, keys, values);
         default: return load_block<kI8>(kv, block, keys, values);
     }
@@ -599,13 +623,62 @@ TPS_INLINE float weigh(float* scores, int span_start, int blocks, int window, Qu
     return decay_lanes[0];
 }
 
+// A span of up to four blocks of positions, as floats, against `rows` queries. Takes 2 * kSpan * head_dim
+// floats of scratch.
+class FloatSpan {
+  public:
+    FloatSpan(float* scratch, int head_dim, int rows)
+        : d_(head_dim), rows_(rows), keys_(scratch), values_(scratch + size_t(kSpan) * head_dim) {}
+
+    void take_queries(const float* queries) { queries_ = queries; }  // [rows][head_dim]
+    // Block b of the span, whose first `written` positions hold something; what is behind may be anything,
+    // and 0 times NaN is NaN.
+    void take_block(int b, const KVLayer& kv, size_t block, int written) {
+        float* values = values_ + size_t(b) * kBlockTokens * d_;
+        load_block_of(kv, block, keys_ + size_t(b) * kBlockTokens * d_, values);
+        std::fill(values + size_t(written) * d_, values + size_t(kBlockTokens) * d_, 0.0f);
+    }
+    void skip_block(int b) {
+        const size_t numbers = size_t(kBlockTokens) * d_;
+        std::fill_n(keys_ + b * numbers, numbers, 0.0f);
+        std::fill_n(values_ + b * numbers, numbers, 0.0f);
+    }
+    // -> scores [rows][kSpan]
+    void score(int blocks, float* scores) const {
+        int r = 0;
+        for (; r + 4 <= rows_; r += 4)
+            score_rows<4>(queries_ + r * d_, keys_, d_, blocks, scores + r * kSpan);
+        for (; r < rows_; ++r) score_rows<1>(queries_ + r * d_, keys_, d_, blocks, scores + r * kSpan);
+    }
+    // mixed [rows][head_dim] = mixed * decay + weights [rows][kSpan] times values
+    void mix(int blocks, const float* weights, const float* decay, float* mixed) const {
+        if (d_ % 64 == 0)
+            mix_all<4>(blocks * kBlockTokens, weights, decay, mixed);
+        else
+            mix_all<1>(blocks * kBlockTokens, weights, decay, mixed);
+    }
+
+  private:
+    template <int V>
+    void mix_all(int positions, const float* weights, const float* decay, float* mixed) const {
+        int r = 0;
+        for (; r + 4 <= rows_; r += 4)
+            mix_rows<4, V>(weights + r * kSpan, values_, d_, positions, decay + r, mixed + r * d_);
+        for (; r < rows_; ++r)
+            mix_rows<1, V>(weights + r * kSpan, values_, d_, positions, decay + r, mixed + r * d_);
+    }
+
+    const int d_, rows_;
+    float *const keys_, *const values_;  // [blocks][head_dim][16], [positions][head_dim]
+    const float* queries_ = nullptr;
+};
+
 // Queries of `tokens` consecutive tokens of a sequence, for the heads of one group.
+template <typename Span>
 void attend(const KVLayer& kv, const AttentionArgs& args, const HeadGroup& group,
             const Sequence& sequence, int first_token, int tokens, int first_head, int heads) {
     const int d = kv.head_dim, rows = tokens * heads;
-    float* keys = args.scratch;
-    float* values = keys + size_t(kSpan) * d;
-    float* queries = values + size_t(kSpan) * d;
+    float* queries = args.scratch + size_t(2 * kSpan) * d;
     float* mixed = queries + size_t(kQueryRows) * d;
     float* scores = mixed + size_t(kQueryRows) * d;
     QueryRow row[kQueryRows];
@@ -619,43 +692,25 @@ void attend(const KVLayer& kv, const AttentionArgs& args, const HeadGroup& group
         row[r] = {sequence.start + token, kLowest};
         total[r] = zero();
     }
+    Span span(args.scratch, d, rows);
+    span.take_queries(queries);
     const int last = row[rows - 1].position;
     const int oldest = args.window ? std::max(0, row[0].position - args.window + 1) : 0;
     for (int start = oldest / kSpan * kSpan; start <= last; start += kSpan) {
         const int blocks = std::min(kSpanBlocks, (last - start) / kBlockTokens + 1);
         for (int b = 0; b < blocks; ++b) {
             const int position = start + b * kBlockTokens;
-            float* block_values = values + size_t(b) * kBlockTokens * d;
-            if (position + kBlockTokens <= oldest) {  // its memory may be another's by now
-                for (int i = 0; i < kBlockTokens * d; ++i) block_values[i] = 0;
-                for (int i = 0; i < kBlockTokens * d; ++i) keys[size_t(b) * kBlockTokens * d + i] = 0;
-                continue;
-            }
-            const size_t block =
-                size_t(group.kv_head) * kv.blocks + sequence.blocks[position / kBlockTokens];
-            load_block_of(kv, block, keys + size_t(b) * kBlockTokens * d, block_values);
-            // What was not written yet may be anything, and 0 times NaN is NaN.
-            for (int p = std::max(0, last - position + 1); p < kBlockTokens; ++p)
-                for (int i = 0; i < d; ++i) block_values[size_t(p) * d + i] = 0;
+            if (position + kBlockTokens <= oldest)  // its memory may be another's by now
+                span.skip_block(b);
+            else
+                span.take_block(b, kv,
+                                size_t(group.kv_head) * kv.blocks + sequence.blocks[position / kBlockTokens],
+                                std::min(kBlockTokens, last - position + 1));
         }
-        int r = 0;
-        for (; r + 4 <= rows; r += 4) score_rows<4>(queries + r * d, keys, d, blocks, scores + r * kSpan);
-        for (; r < rows; ++r) score_rows<1>(queries + r * d, keys, d, blocks, scores + r * kSpan);
-        for (r = 0; r < rows; ++r)
+        span.score(blocks, scores);
+        for (int r = 0; r < rows; ++r)
             decay[r] = weigh(scores + r * kSpan, start, blocks, args.window, row[r], total[r]);
-        const int positions = blocks * kBlockTokens;
-        r = 0;
-        if (d % 64 == 0) {
-            for (; r + 4 <= rows; r += 4)
-                mix_rows<4, 4>(scores + r * kSpan, values, d, positions, decay + r, mixed + r * d);
-            for (; r < rows; ++r)
-                mix_rows<1, 4>(scores + r * kSpan, values, d, positions, decay + r, mixed + r * d);
-        } else {
-            for (; r + 4 <= rows; r += 4)
-                mix_rows<4, 1>(scores + r * kSpan, values, d, positions, decay + r, mixed + r * d);
-            for (; r < rows; ++r)
-                mix_rows<1, 1>(scores + r * kSpan, values, d, positions, decay + r, mixed + r * d);
-        }
+        span.mix(blocks, scores, decay, mixed);
     }
     for (int r = 0; r < rows; ++r) {
         const int token = first_token + r / heads, head = first_head + r % heads;
@@ -666,6 +721,10 @@ void attend(const KVLayer& kv, const AttentionArgs& args, const HeadGroup& group
 }
 
 void attention(const KVLayer& kv, const AttentionArgs& args, int thread, int threads) {
+    auto* attend_to = attend<FloatSpan>;
+#if defined(__AMX_TILE__)
+    if (kv.format == kBF16) attend_to = attend<TileSpan>;
+#endif
     int item = 0;
     for (int g = 0; g < args.group_count; ++g) {
         const HeadGroup& group = args.groups[g];
@@ -676,9 +735,9 @@ void attention(const KVLayer& kv, const AttentionArgs& args, int thread, int thr
             for (int head = 0; head < group.count; head += heads_at_once)
                 for (int token = 0; token < sequence.count; token += tokens_at_once)
                     if (item++ % threads == thread)
-                        attend(kv, args, group, sequence, token,
-                               std::min(tokens_at_once, sequence.count - token), group.first_head + head,
-                               std::min(heads_at_once, group.count - head));
+                        attend_to(kv, args, group, sequence, token,
+                                  std::min(tokens_at_once, sequence.count - token),
+                                  group.first_head + head, std::min(heads_at_once, group.count - head));
         }
     }
 }

@@ -110,7 +110,7 @@ void Program::reserve(int tokens) {
     }
     scratch_.clear();
     for (int thread = 0; thread < threads_; ++thread)
-        scratch_.push_back(std::make_unique<float[]>(scratch_floats_));
+        scratch_.emplace_back(scratch_floats_ * sizeof(float));
 }
 
 Activations Program::activations(Buffer buffer, int tokens) const {

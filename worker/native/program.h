@@ -114,7 +114,7 @@ class Program {
     int width(Buffer buffer) const { return buffers_[buffer].floats; }
     Activations activations(Buffer buffer, int tokens) const;
     int weight_offset(Buffer buffer) const { return buffers_[buffer].weight_offset; }
-    float* scratch(int thread) const { return scratch_[thread].get(); }
+    float* scratch(int thread) const { return reinterpret_cast<float*>(scratch_[thread].data()); }
     void need_scratch(size_t floats) { scratch_floats_ = floats > scratch_floats_ ? floats : scratch_floats_; }
 
     const Kernels& kernels() const { return kernels_; }
@@ -141,7 +141,7 @@ class Program {
     Collective* const collective_;
     std::vector<Storage> buffers_;
     std::vector<std::unique_ptr<Op>> ops_;
-    std::vector<std::unique_ptr<float[]>> scratch_;
+    std::vector<Memory> scratch_;
     size_t scratch_floats_ = 0;
     int capacity_ = 0;
     int lost_ = -1;

@@ -113,6 +113,9 @@ TPS_INLINE void unpack(f32x16 v, float* lanes) { _mm512_storeu_ps(lanes, v); }
 TPS_INLINE void store_bf16(uint16_t* to, const float* from) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(from + 16), load(from)));
 }
+TPS_INLINE void store_bf16_half(uint16_t* to, const float* from) {  // 16 of them
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(load(from)));
+}
 // acc + products of 16 pairs of weights with one pair of activations.
 TPS_INLINE f32x16 dot_bf16(f32x16 acc, bytes64 w, const uint16_t* two) {
     int32_t a;

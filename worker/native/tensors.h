@@ -98,7 +98,8 @@ struct Top {
 };
 
 // Keys and values of one layer: for each KV head all blocks; keys [block][head_dim][16 positions],
-// values [block][16 positions][head_dim]; for i8 a float scale for each position and head.
+// values [block][16 positions][head_dim]; in bf16 two rows of these are one row of pairs; for i8 a float
+// scale for each position and head.
 struct KVLayer {
     Format format;
     int32_t kv_heads, head_dim, blocks;

@@ -43,11 +43,17 @@ class RoundedTiles {
     uint16_t* numbers_;
 };
 
-// The sums of NB row blocks for MT tiles of tokens, in tiles 0 to 3.
+// The sums [tokens][16 rows] of NB row blocks for MT tiles of tokens, in tiles 0 to 3; 4 and 5 hold
+// activations [tokens][32 columns], 6 and 7 weights as they are packed, one group of a row block each.
 template <int NB, int MT>
 struct TileSums {
     static_assert(NB * MT <= 4 && MT <= 2);
 
+    static TileShapes shapes(int tokens) {
+        TileShapes shapes;
+        for (int tile = 0; tile < 6; ++tile) shapes.rows[tile] = uint8_t(tokens);
+        return shapes;
+    }
     static void clear() {
         tile_zero<0>();
         if constexpr (NB * MT > 1) tile_zero<1>();
@@ -133,7 +139,7 @@ void linear_tiles_of(const Weight& weight, const RoundedTiles& x, const Output& 
 
 inline void linear_in_tiles(const Weight& weight, const Activations& x, const Output& out, int begin, int end) {
     const RoundedTiles rounded(x);
-    const Tiles shapes(rounded.tokens);
+    const Tiles shapes(TileSums<1, 1>::shapes(rounded.tokens));
     int block = begin;
     if (rounded.tiles == 1) {
         constexpr int kStreams = 4;  // each goes through neighbouring row blocks
