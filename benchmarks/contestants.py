@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from benchmarks.engine import server
+from benchmarks.interleaved import LostError
 from benchmarks.peer_files import HERE, Installed
 from benchmarks.prompts import Prompt
 from client.zmq_client import Client
@@ -93,7 +94,8 @@ class PeerProcess(AbstractContextManager["PeerProcess"]):
     """One of the peers' scripts: a JSON object on a line asks, another one answers."""
 
     def __init__(self, peer: Installed, script: str, *arguments: str) -> None:
-        command = [str(peer.python), str(HERE / script), *arguments]
+        # Without our folder on its path: what peers import may have the name of a file there.
+        command = [str(peer.python), "-P", str(HERE / script), *arguments]
         self._process = _lines(command, peer.variables())
         self.description: str = self._read()["ready"]
 
@@ -118,7 +120,7 @@ class PeerProcess(AbstractContextManager["PeerProcess"]):
         return Run(answer["tokens"] / answer["seconds"], answer["ids"])
 
     def _read(self) -> Any:
-        return json.loads(_read(self._process))
+        return json.loads(read_line(self._process))
 
 
 def llama_cpp(
@@ -156,7 +158,7 @@ class MemoryReaders(AbstractContextManager["MemoryReaders"]):
     def __init__(self, program: Path, count: int) -> None:
         self._processes = [_lines([str(program), str(self.MEBIBYTES)]) for _ in range(count)]
         for process in self._processes:
-            _read(process)
+            read_line(process)
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
@@ -169,7 +171,7 @@ class MemoryReaders(AbstractContextManager["MemoryReaders"]):
     def _turn(self, processes: Sequence[subprocess.Popen[str]]) -> float:
         for process in processes:
             _write(process, str(self.SECONDS))
-        return sum(float(_read(process)) for process in processes)
+        return sum(float(read_line(process)) for process in processes)
 
 
 def _lines(
@@ -181,16 +183,26 @@ def _lines(
 
 def _write(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        raise _lost(process) from None
 
 
-def _read(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
+    """What it says next. Raises LostError when it has ended."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"{process.args!r} ended with exit code {process.wait()}")
+        raise _lost(process)
     return line
+
+
+def _lost(process: subprocess.Popen[str]) -> LostError:
+    assert isinstance(process.args, list)
+    script = next((Path(word).name for word in process.args if word.endswith(".py")), "a reader")
+    return LostError(f"{script} ended with exit code {process.wait()}")
 
 
 def _end(process: subprocess.Popen[str]) -> None:

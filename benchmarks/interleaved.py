@@ -19,6 +19,10 @@ Samples = Mapping[str, Sequence[float]]
 """By what was measured, a value for each round."""
 
 
+class LostError(SystemExit):
+    """What was to be measured has ended by itself. Ends a benchmark that cannot go on without it."""
+
+
 @dataclass(frozen=True)
 class Rounds:
     """What `interleave` found."""
@@ -26,22 +30,33 @@ class Rounds:
     samples: Samples
     other_cores: float
     """Cores that other programs, or other guests of the host, kept busy on average."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Contenders that have no samples, as they ended by themselves: how."""
 
 
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
     """Sample every contender once a round. A first round, in which all get warm, does not count."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    lost: dict[str, str] = {}
     began, others = time.monotonic(), seconds_of_others()
     for turn in range(rounds + 1):
         order = list(contenders)
         first = turn % len(order)
         for name in order[first:] + order[:first]:
-            value = contenders[name]()
+            if name in lost:
+                continue
+            try:
+                value = contenders[name]()
+            except LostError as error:
+                lost[name] = str(error)
+                del samples[name]
+                print(f"  {turn}/{rounds} {name}: {error}", file=sys.stderr, flush=True)
+                continue
             print(f"  {turn}/{rounds} {name}: {value:,.1f}", file=sys.stderr, flush=True)
             if turn:
                 samples[name].append(value)
     passed = time.monotonic() - began
-    return Rounds(samples, max(0.0, (seconds_of_others() - others) / passed))
+    return Rounds(samples, max(0.0, (seconds_of_others() - others) / passed), lost)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ class Part:
             "unit": self.unit,
             "samples": self.samples,
             "other_cores": self.rounds.other_cores,
+            "lost": self.rounds.lost,
             "goals": self.goals,
             "ratios": [
                 {
@@ -127,7 +143,8 @@ class Part:
             lines += ["", "| what | to what | ratio | by round | goal |", "|---|---|---|---|---|"]
             lines += ratios
         others = f"Other programs kept {self.rounds.other_cores:.2f} cores busy meanwhile."
-        lines += itertools.chain.from_iterable(("", note) for note in (*self.notes, others))
+        lost = [f"{name} is left out: {how}." for name, how in self.rounds.lost.items()]
+        lines += itertools.chain.from_iterable(("", note) for note in (*self.notes, *lost, others))
         return "\n".join(lines)
 
     def _has(self, ratio: Ratio) -> bool:

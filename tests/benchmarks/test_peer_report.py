@@ -1,11 +1,14 @@
 """What `benchmarks/peers.py` keeps and writes: parts are measured once, and only with their likes."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.interleaved import Part, Ratio, Rounds
+from benchmarks.contestants import read_line
+from benchmarks.interleaved import LostError, Part, Ratio, Rounds, interleave
 from benchmarks.peer_report import Report, read_report
 
 FACTS = {"CPU": "made up", "model": "tiny", "tpserve": "0.1.0, commit abc", "rounds": "3"}
@@ -59,3 +62,30 @@ def test_the_report_has_every_table_and_a_picture(tmp_path: Path) -> None:
     assert "| tpserve | other | 2.10 | 2.00 to 2.20 |" in text
     assert "absent" not in text
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_ends_by_itself_is_left_out_and_the_others_go_on() -> None:
+    answers = iter((1.0, 2.0))
+
+    def crash() -> float:
+        found = next(answers, None)
+        if found is None:
+            raise LostError("peer.py ended with exit code -11")
+        return found
+
+    rounds = interleave({"tpserve": lambda: 3.0, "other": crash}, 3)
+    assert rounds.samples == {"tpserve": [3.0] * 3}
+    part = Part("one", "tokens/s", rounds, [Ratio("tpserve", "other")])
+    assert "other is left out: peer.py ended with exit code -11." in part.as_markdown()
+    assert part.as_json()["lost"] == {"other": "peer.py ended with exit code -11"}
+
+
+def test_what_cannot_go_on_without_a_peer_ends_with_what_is_known_of_it() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "raise SystemExit(3)", "peer.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process, pytest.raises(LostError, match=r"^peer\.py ended with exit code 3$"):
+        read_line(process)
