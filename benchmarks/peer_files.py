@@ -131,12 +131,21 @@ def _install_llama_cpp(python: Path) -> None:
     _pip(python, "install", *CONVERTER, *BUILD_TOOLS)
     cmake = str(python.with_name("cmake"))
     build = str(LLAMA_CPP_BUILT.parent)
-    flags = [f"-D{name}={value}" for name, value in LLAMA_CPP_OPTIONS.items()]
+    options = LLAMA_CPP_OPTIONS | _without_amx()
+    flags = [f"-D{name}={value}" for name, value in options.items()]
     ninja = f"-DCMAKE_MAKE_PROGRAM={python.with_name('ninja')}"
     _run([cmake, "-S", str(source / "vendor" / "llama.cpp"), "-B", build, "-GNinja", ninja, *flags])
     _run([cmake, "--build", build, "--target", "llama-server"])
     # The binding loads what the server was linked with: both are the same llama.cpp.
     _pip(python, "install", str(source), environment={"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
+
+
+def _without_amx() -> dict[str, str]:
+    """Its kernels for AMX, as GCC 12 compiles them, load a wrong configuration of tiles, and crash."""
+    if "amx_tile" not in Path("/proc/cpuinfo").read_text().split():
+        return {}
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    return {"CMAKE_C_FLAGS": flags, "CMAKE_CXX_FLAGS": flags}
 
 
 def _install_openvino(python: Path) -> None:

@@ -12,6 +12,9 @@
 
 namespace tps::TPS_LEVEL {
 
+// Weights in use and on their way; with more, what tokens need would not stay in the L2 cache, of which a
+// virtual machine may have half.
+constexpr size_t kMostAhead = 512 << 10;
 constexpr int kTreeDepth = 10;  // log2(kMaxSegments) + 2: sums that wait, and those that were just made
 
 // Activations rounded to bf16, the groups of each tile one behind the other: [tile][group][tokens][32].
@@ -157,7 +160,7 @@ template <int NB>
 void linear_tiles_of(const Weight& weight, const RoundedTiles& x, const Output& out, int block, int end) {
     const size_t block_bytes = row_block_bytes(kBF16, weight.groups);
     NextBlocks next;
-    if (block + 2 * NB <= end)
+    if (block + 2 * NB <= end && 2 * NB * block_bytes <= kMostAhead)
         next = NextBlocks(weight.data + (block + NB) * block_bytes, block_bytes, (x.tiles + 1) / 2);
     int tile = 0;
     for (; tile + 2 <= x.tiles; tile += 2) linear_tiles<NB, 2>(weight, x, out, block, 1, tile, next);
