@@ -113,6 +113,13 @@ struct TileSums {
     }
 };
 
+// One token, or few: nothing is to be done but to wait for memory. Into L1, some groups ahead.
+template <int NB>
+TPS_INLINE void fetch_soon(const uint8_t* const (&w)[NB]) {
+    for (int b = 0; b < NB; ++b)
+        for (int line = 0; line < kTileRows; ++line) __builtin_prefetch(w[b] + 2048 + line * kTileRowBytes);
+}
+
 // Row blocks block, block + apart, ... and MT tiles of tokens from `tile` on.
 template <int NB, int MT>
 void linear_tiles(const Weight& weight, const RoundedTiles& x, const Output& out, int block, int apart,
@@ -128,6 +135,7 @@ void linear_tiles(const Weight& weight, const RoundedTiles& x, const Output& out
     for (int s = 0; s < weight.segments; ++s) {
         Sums::clear();
         for (int g = 0; g < weight.segment_groups[s]; ++g) {
+            if (x.tiles == 1) fetch_soon(w);
             Sums::add(numbers, w);
             next.fetch_some<NB>();
             for (int b = 0; b < NB; ++b) w[b] += kGroup * kRowBlock * sizeof(uint16_t);
