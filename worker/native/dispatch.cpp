@@ -75,13 +75,12 @@ bool has_avxvnni() {
 #endif
 #endif
 
-Prefetch usual_prefetch() {
 #if defined(__x86_64__)
-    return __builtin_cpu_is("amd") ? kFar : kNear;
+bool is_amd() { return __builtin_cpu_is("amd"); }
 #else
-    return kNear;
+bool is_amd() { return false; }
 #endif
-}
+Prefetch usual_prefetch() { return is_amd() ? kFar : kNear; }
 
 // The best first.
 const Level kLevels[] = {
@@ -89,10 +88,15 @@ const Level kLevels[] = {
     {amx::kernels, has_avx512bf16() && has_amx()},
 #endif
 #ifdef TPS_HAVE_AVX512BF16
-    {avx512bf16::kernels, has_avx512bf16()},
+    {avx512bf16::kernels, has_avx512bf16() && is_amd()},
 #endif
 #ifdef TPS_HAVE_AVX512VNNI
     {avx512vnni::kernels, has_avx512vnni()},
+#endif
+#ifdef TPS_HAVE_AVX512BF16
+    // On Intel's cores pairs of bf16 take as long as two products of floats, and have to be made first:
+    // with 32 tokens 0.8 times as fast as floats on Granite Rapids, 1.7 times on Zen 4.
+    {avx512bf16::kernels, has_avx512bf16() && !is_amd()},
 #endif
 #ifdef TPS_HAVE_AVX512
     {avx512::kernels, has_avx512()},
