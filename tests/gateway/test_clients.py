@@ -158,7 +158,9 @@ def test_a_full_queue_is_429_with_a_time_to_try_again() -> None:
         gateway.http() as http,
         suspended(server.workers()),
     ):
-        held = [raw_post(gateway.port, {**ENDLESS, "max_tokens": 400}) for _ in range(8)]
+        held = [raw_post(gateway.port, {**ENDLESS, "max_tokens": 400})]
+        assert wait_until(lambda: client.status().running == 1, 20)
+        held.append(raw_post(gateway.port, {**ENDLESS, "max_tokens": 400}))
         assert wait_until(lambda: running(client) == 2, 20)
         answer = http.post("/v1/completions", json={"model": "story", "prompt": "x"})
         assert answer.status_code == 429

@@ -142,9 +142,10 @@ void linear_tiles(const Weight& weight, const RoundedTiles& x, const Output& out
             for (int m = 0; m < MT; ++m) numbers[m] += x.tokens * kGroup;
         }
         const bool is_root = weight.root[s] >= 0;
+        const int root = std::max(weight.root[s], 0);
         for (int b = 0; b < NB; ++b)
             for (int m = 0; m < MT; ++m) {
-                float* y = out.y + weight.root[s] * out.root_stride + x.begin(tile + m) * out.token_stride +
+                float* y = out.y + root * out.root_stride + x.begin(tile + m) * out.token_stride +
                            (block + b * apart) * kRowBlock - out.first_row;
                 if (is_root && weight.additions[s] == 0) {
                     Sums::copy(b, m, y, out.token_stride * sizeof(float));
