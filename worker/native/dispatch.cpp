@@ -46,6 +46,13 @@ struct Level {
 };
 
 #if defined(__x86_64__)
+// CPUID leaf 7: what not every compiler's __builtin_cpu_supports has a name for.
+struct Leaf7 {
+    uint32_t a = 7, b = 0, c, d = 0;
+    explicit Leaf7(uint32_t subleaf) : c(subleaf) {
+        __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    }
+};
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
@@ -56,22 +63,15 @@ bool has_avx512() {
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #if defined(TPS_HAVE_AMX)
-// CPUID leaf 7, EDX bits 22 (bf16) and 24 (tiles). The system lets only a process use them that has asked.
+// The system lets only a process use tiles that has asked.
 bool has_amx() {
-    uint32_t a = 7, b = 0, c = 0, d = 0;
-    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    constexpr uint32_t wanted = 1u << 22 | 1u << 24;
+    constexpr uint32_t wanted = 1u << 22 | 1u << 24;  // bf16, tiles
     constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return (d & wanted) == wanted && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+    return (Leaf7(0).d & wanted) == wanted && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 #endif
 #if defined(TPS_HAVE_AVXVNNI)
-// CPUID leaf 7, subleaf 1, EAX bit 4; not every compiler's __builtin_cpu_supports knows its name.
-bool has_avxvnni() {
-    uint32_t a = 7, b = 0, c = 1, d = 0;
-    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return has_avx2() && (a >> 4 & 1);
-}
+bool has_avxvnni() { return has_avx2() && (Leaf7(1).a >> 4 & 1); }
 #endif
 #endif
 

@@ -75,10 +75,6 @@ TPS_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, 
 TPS_INLINE f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 TPS_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 TPS_INLINE f32x16 abs(f32x16 a) { return _mm512_abs_ps(a); }
-TPS_INLINE f32x16 load_bf16(const uint16_t* p) {
-    const __m256i half = _mm256_loadu_si256((const __m256i*)p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
 TPS_INLINE void load_bf16_pairs(const uint8_t* p, f32x16& even, f32x16& odd) {
     const __m512i both = _mm512_loadu_si512(p);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
@@ -172,11 +168,6 @@ TPS_INLINE f32x16 abs(f32x16 x) {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
 }
-TPS_INLINE __m256 bf16_half(const uint16_t* p) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
-}
-TPS_INLINE f32x16 load_bf16(const uint16_t* p) { return {bf16_half(p), bf16_half(p + 8)}; }
 TPS_INLINE void load_bf16_pairs(const uint8_t* p, f32x16& even, f32x16& odd) {
     const __m256i x = _mm256_loadu_si256((const __m256i*)p);
     const __m256i y = _mm256_loadu_si256((const __m256i*)(p + 32));
@@ -270,7 +261,6 @@ TPS_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { TPS_LANES(f32x16, a.v[i] *
 TPS_INLINE f32x16 max(f32x16 a, f32x16 b) { TPS_LANES(f32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 TPS_INLINE f32x16 min(f32x16 a, f32x16 b) { TPS_LANES(f32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 TPS_INLINE f32x16 abs(f32x16 a) { TPS_LANES(f32x16, std::fabs(a.v[i])); }
-TPS_INLINE f32x16 load_bf16(const uint16_t* p) { TPS_LANES(f32x16, float_of_bits(uint32_t(p[i]) << 16)); }
 TPS_INLINE void load_bf16_pairs(const uint8_t* p, f32x16& even, f32x16& odd) {
     for (int i = 0; i < 16; ++i) {
         uint32_t both;

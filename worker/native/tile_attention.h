@@ -63,11 +63,7 @@ class TileSpan {
         int i = 0;
         for (; i + kGroup <= d_; i += kGroup) score_columns<4, 6>(i, blocks);
         if (i < d_) score_columns<5, 7>(i, blocks);
-        constexpr size_t stride = kSpan * sizeof(float);
-        tile_store<0>(scores, stride);
-        if (blocks > 1) tile_store<1>(scores + 16, stride);
-        if (blocks > 2) tile_store<2>(scores + 32, stride);
-        if (blocks > 3) tile_store<3>(scores + 48, stride);
+        store_tiles(blocks, scores, kSpan * sizeof(float));
     }
     // mixed [rows][head_dim] = mixed * decay + weights [rows][kSpan] times values
     void mix(int blocks, const float* weights, const float* decay, float* mixed) {
@@ -83,8 +79,7 @@ class TileSpan {
 
   private:
     static TileShapes shapes(int rows) {
-        TileShapes shapes;
-        for (int tile = 0; tile < 6; ++tile) shapes.rows[tile] = uint8_t(rows);
+        TileShapes shapes(rows);
         shapes.row_bytes[5] = kTileRowBytes / 2;
         shapes.rows[7] = kTileRows / 2;
         return shapes;
@@ -105,10 +100,7 @@ class TileSpan {
     // Up to 64 columns from i on.
     void mix_columns(int i, int tiles, int blocks, float* mixed) const {
         const size_t stride = d_ * sizeof(float);
-        tile_load<0>(mixed, stride);
-        if (tiles > 1) tile_load<1>(mixed + 16, stride);
-        if (tiles > 2) tile_load<2>(mixed + 32, stride);
-        if (tiles > 3) tile_load<3>(mixed + 48, stride);
+        load_tiles(tiles, mixed, stride);
         for (int b = 0; b < blocks; ++b) {
             tile_load<5>(weights_ + b * rows_ * kBlockTokens, kTileRowBytes / 2);
             const uint16_t* values = values_[b] + 2 * i;
@@ -117,10 +109,7 @@ class TileSpan {
             if (tiles > 2) mix_block<2>(values);
             if (tiles > 3) mix_block<3>(values);
         }
-        tile_store<0>(mixed, stride);
-        if (tiles > 1) tile_store<1>(mixed + 16, stride);
-        if (tiles > 2) tile_store<2>(mixed + 32, stride);
-        if (tiles > 3) tile_store<3>(mixed + 48, stride);
+        store_tiles(tiles, mixed, stride);
     }
     template <int tile>
     void mix_block(const uint16_t* values) const {

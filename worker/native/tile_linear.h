@@ -74,11 +74,6 @@ template <int NB, int MT>
 struct TileSums {
     static_assert(NB * MT <= 4 && MT <= 2);
 
-    static TileShapes shapes(int tokens) {
-        TileShapes shapes;
-        for (int tile = 0; tile < 6; ++tile) shapes.rows[tile] = uint8_t(tokens);
-        return shapes;
-    }
     static void clear() {
         tile_zero<0>();
         if constexpr (NB * MT > 1) tile_zero<1>();
@@ -178,7 +173,7 @@ void linear_tiles_of(const Weight& weight, const RoundedTiles& x, const Output& 
 
 inline void linear_in_tiles(const Weight& weight, const Activations& x, const Output& out, int begin, int end) {
     const RoundedTiles rounded(x);
-    const Tiles shapes(TileSums<1, 1>::shapes(rounded.tokens));
+    const Tiles shapes{TileShapes(rounded.tokens)};
     int block = begin;
     if (rounded.tiles == 1) {
         constexpr int kStreams = 4;  // each goes through neighbouring row blocks

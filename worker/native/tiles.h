@@ -14,11 +14,12 @@ namespace tps::TPS_LEVEL {
 
 constexpr int kTileRows = 16, kTileRowBytes = 64;
 
+// Tiles 0 to 5, of sums and of what is multiplied from the left, have so many rows; 6 and 7 are whole.
 struct TileShapes {
-    TileShapes() {
+    explicit TileShapes(int left_rows) {
         for (int tile = 0; tile < 8; ++tile) {
             row_bytes[tile] = kTileRowBytes;
-            rows[tile] = kTileRows;
+            rows[tile] = uint8_t(tile < 6 ? left_rows : kTileRows);
         }
     }
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -48,6 +49,19 @@ TPS_INLINE void tile_load(const void* from, size_t stride) {
 template <int tile>
 TPS_INLINE void tile_store(void* to, size_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
+}
+// Tiles 0, 1, ... side by side: 16 floats of each row after those of the one before.
+TPS_INLINE void load_tiles(int count, const float* from, size_t stride) {
+    tile_load<0>(from, stride);
+    if (count > 1) tile_load<1>(from + 16, stride);
+    if (count > 2) tile_load<2>(from + 32, stride);
+    if (count > 3) tile_load<3>(from + 48, stride);
+}
+TPS_INLINE void store_tiles(int count, float* to, size_t stride) {
+    tile_store<0>(to, stride);
+    if (count > 1) tile_store<1>(to + 16, stride);
+    if (count > 2) tile_store<2>(to + 32, stride);
+    if (count > 3) tile_store<3>(to + 48, stride);
 }
 // sums [M][N] += a [M][K] times b [K / 2][N][2]: the products of up to 32 columns K are added up first, those
 // of even and of odd ones apart, and their sum is added to what was there. Denormals are zeros.
